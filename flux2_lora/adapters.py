@@ -1,0 +1,200 @@
+"""LoRA adapters on a frozen transformer: y = W x + strength * (alpha / rank) * B A x. Hu et al. 2021 (arXiv:2106.09685).
+
+PEFT does the wrapping; here stand the laws around it: every projection of the chosen groups is targeted and counted
+against the model, A and B are float32 whatever the base is stored in, A starts from a stream keyed by its name, B at
+zero, and strength 0 is the base bit for bit, since the adapter is then switched off and not multiplied by zero.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from flux2_lora.errors import UserError, listed
+from flux2_lora.families import ModelFamily
+from flux2_lora.files import write_tensors
+from flux2_lora.flow import generator
+from flux2_lora.options import option
+
+WEIGHTS = "adapter.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """rank of B A; alpha (scale is alpha / rank; null means alpha = rank); groups of projections to adapt."""
+
+    rank: int = option(16, at_least=1, at_most=1024)
+    alpha: float | None = option(None, above=0)
+    targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A trained adapter as it lies in a file: PEFT's names, float32; A [rank in], B [out rank]."""
+
+    state: dict[str, Tensor]
+    rank: int
+    alpha: float
+    targets: list[str]
+    family: str
+    trigger_word: str | None = None
+
+
+def attach(transformer: nn.Module, family: ModelFamily, spec: AdapterSpec, *, seed: int, name: str = "default") -> int:
+    """Wrap the targeted Linears of `transformer`; returns how many. RuntimeError when PEFT missed one."""
+    alpha = spec.rank if spec.alpha is None else spec.alpha
+    pattern = family.target_modules(spec.targets)
+    config = LoraConfig(r=spec.rank, lora_alpha=alpha, target_modules=pattern, bias="none")  # type: ignore[arg-type]
+    inject_adapter_in_model(config, transformer, adapter_name=name)
+    for path, layer in lora_layers(transformer):
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        bound = 1 / math.sqrt(down.in_features)
+        start = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=generator(seed, "adapter", path))
+        device = next(layer.get_base_layer().buffers(), next(layer.get_base_layer().parameters(), start)).device
+        down.weight = nn.Parameter(start.to(device))
+        up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device))
+    return sum(1 for _, layer in lora_layers(transformer) if name in layer.lora_A)
+
+
+def projections(transformer: nn.Module) -> int:
+    """How many Linears the blocks hold: the N of "N of N". Blocks are the members of the model's ModuleLists."""
+
+    def count(module: nn.Module) -> int:
+        if isinstance(module, nn.Linear | LoraLayer):
+            return 1
+        return sum(count(child) for child in module.children())
+
+    return sum(count(child) for child in transformer.children() if isinstance(child, nn.ModuleList))
+
+
+def lora_layers(transformer: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """(module name, layer) of every wrapped Linear, in the model's order."""
+    for path, module in transformer.named_modules():
+        if isinstance(module, LoraLayer):
+            yield path, module
+
+
+def trainable(transformer: nn.Module) -> list[nn.Parameter]:
+    """The adapters' parameters: everything that asks for a gradient."""
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def set_strengths(transformer: nn.Module, strengths: Mapping[str, float]) -> None:
+    """Multiply each named adapter's update; all at 0 switches the wrapped layers off."""
+    active = [name for name, strength in strengths.items() if strength != 0]
+    for _, layer in lora_layers(transformer):
+        layer.enable_adapters(bool(active))
+        for name in active:
+            layer.set_scale(name, strengths[name])
+        if active:
+            layer.set_adapter(active, inference_mode=True)
+
+
+@contextmanager
+def disabled(transformer: nn.Module) -> Iterator[None]:
+    """The base alone, for a while; gradients of the adapters stay as they were."""
+    for _, layer in lora_layers(transformer):
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for _, layer in lora_layers(transformer):
+            layer._disable_adapters = False
+
+
+def state_of(transformer: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names, on the CPU, float32."""
+    state = get_peft_model_state_dict(transformer, adapter_name=name)  # type: ignore[no-untyped-call]
+    return {key: tensor.detach().float().cpu().clone() for key, tensor in state.items()}
+
+
+def load_state(transformer: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str = "default") -> None:
+    """Put tensors into an attached adapter; UserError with names when any is missing, unknown or mis-shaped."""
+    there = state_of(transformer, name)
+    wrong = sorted(there.keys() ^ state.keys()) + sorted(
+        key for key in there.keys() & state.keys() if there[key].shape != state[key].shape
+    )
+    if wrong:
+        raise UserError(
+            f"{source} does not fit this model: {len(wrong)} of {len(there)} tensors differ ({listed(wrong, 3)})",
+            "use the model that the adapter was trained on (model=..., model.path=...)",
+        )
+    set_peft_model_state_dict(transformer, dict(state), adapter_name=name)  # type: ignore[no-untyped-call]
+
+
+def save_adapter(path: Path, adapter: Adapter) -> None:
+    """One safetensors file; rank, alpha, targets, family and trigger word in its header."""
+    header = {
+        "format": "pt",
+        "rank": str(adapter.rank),
+        "alpha": str(adapter.alpha),
+        "targets": json.dumps(adapter.targets),
+        "family": adapter.family,
+        "trigger_word": adapter.trigger_word or "",
+    }
+    write_tensors(path, adapter.state, header)
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Read what `save_adapter` wrote; UserError for anything else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a safetensors file ({error})", "give a run, a checkpoint or an adapter file") from error
+    if "family" not in header or "targets" not in header:
+        raise UserError(
+            f"{path} is not an adapter of this program", f"give outputs/<name>, or a checkpoint's {WEIGHTS}"
+        )
+    return Adapter(
+        state=state,
+        rank=int(header["rank"]),
+        alpha=float(header["alpha"]),
+        targets=json.loads(header["targets"]),
+        family=header["family"],
+        trigger_word=header["trigger_word"] or None,
+    )
+
+
+def find_adapter(place: str) -> Path:
+    """The adapter file of a run (its last checkpoint), of a checkpoint, or the file itself."""
+    path = Path(place).expanduser()
+    if path.is_file():
+        return path
+    candidates = [path / WEIGHTS, *sorted(path.glob(f"checkpoints/step-*/{WEIGHTS}"), reverse=True)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise UserError(
+        f"{place} holds no adapter", "give a run folder (outputs/<name>), a checkpoint folder or an adapter file"
+    )
+
+
+def attach_trained(transformer: nn.Module, family: ModelFamily, places: Sequence[str]) -> list[str]:
+    """Read adapters, attach them beside each other, and return the names to use in `set_strengths`."""
+    names = []
+    for index, place in enumerate(places):
+        path = find_adapter(place)
+        adapter = read_adapter(path)
+        if adapter.family != family.name:
+            raise UserError(
+                f"{place} is an adapter of the family {adapter.family}, the model is of {family.name}",
+                f"choose a model of the family {adapter.family} with model=...",
+            )
+        name = f"adapter{index}"
+        spec = AdapterSpec(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
+        attach(transformer, family, spec, seed=0, name=name)
+        load_state(transformer, adapter.state, source=place, name=name)
+        names.append(name)
+    return names

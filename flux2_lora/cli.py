@@ -1,0 +1,77 @@
+"""The command `flux2-lora`: one table from a command to the program file that it runs.
+
+Law: the table, the help and a refusal answer at once. Whatever needs torch or Hydra is imported by the program, so that
+a misspelt command does not cost the seconds of a start.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flux2_lora import __version__
+from flux2_lora.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A file below `files.share()`, and what it does in one line."""
+
+    file: str
+    does: str
+
+
+PROGRAMS = {
+    "train": Program(file="train/lora.py", does="train an adapter: prepare, learn, validate, preview, export"),
+    "prepare": Program(file="data/prepare.py", does="fill the latent and text caches of a folder of pictures"),
+    "inspect": Program(file="data/inspect.py", does="dry run on a folder: buckets, captions, a contact sheet"),
+    "sample": Program(file="scripts/sample.py", does="grids of pictures from prompts, by adapters and strengths"),
+    "edit": Program(file="scripts/edit.py", does="inpaint, outpaint, image to image, upscale"),
+    "export": Program(
+        file="scripts/export.py", does="one file for ComfyUI, Forge or Diffusers, verified after writing"
+    ),
+}
+
+_HELP = """\
+usage: flux2-lora COMMAND [option=value ...]
+
+Train a personal-style LoRA for a Flux.2-class model on a small GPU, and export one file that provably works.
+
+commands:
+{commands}
+
+flux2-lora COMMAND --cfg job   prints every option of a command with its value.
+flux2-lora --version           prints the version.
+With no options every command runs on the bundled tiny model and picture set, on a CPU.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program that the first argument names with the rest; returns the exit code."""
+    command, *overrides = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(_HELP.format(commands=_listing()), end="")
+    elif command in ("-V", "--version"):
+        print(f"flux2-lora {__version__}")
+    elif command in PROGRAMS:
+        _run(PROGRAMS[command], overrides)
+    else:
+        print(UserError(f"{command} is not a command", did_you_mean(command, list(PROGRAMS))), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _listing() -> str:
+    widest = max(map(len, PROGRAMS))
+    return "\n".join(f"  {name:{widest}}  {program.does}" for name, program in PROGRAMS.items())
+
+
+def _run(program: Program, overrides: Sequence[str]) -> None:
+    # files imports torch, which takes seconds; help and refusals do without.
+    from flux2_lora.files import share
+
+    path = str(share() / program.file)
+    sys.argv = [path, *overrides]
+    runpy.run_path(path, run_name="__main__")

@@ -1,0 +1,193 @@
+"""From a command line to typed options, and from any mistake in it to two lines of text.
+
+A program declares a dataclass and `@program("train")`. Hydra composes configs/train.yaml with the command line; the
+result is checked against the dataclass (unknown keys, types) and its limits, and handed over as a frozen object. What
+is wrong is said before anything is written: exit code 2, no traceback. Hydra lives in this module only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flux2_lora.errors import UserError, did_you_mean, listed
+from flux2_lora.files import share, write_text
+from flux2_lora.options import check
+
+Spec = TypeVar("Spec")
+# Sweeps and questions to Hydra itself: nothing runs, or something else than our program does.
+_HYDRA_FLAGS = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info", "-m", "--multirun")
+
+OmegaConf.register_new_resolver("share", lambda place: str(share() / place), replace=True)
+# A run is named after its folder of pictures: data/demo -> demo.
+OmegaConf.register_new_resolver("run_name", lambda folder: Path(folder).expanduser().resolve().name, replace=True)
+
+
+def program(name: str) -> Callable[[Callable[[Spec], None]], Callable[[], None]]:
+    """Turn `def run(config: SomeSpec) -> None` into a main() that reads configs/<name>.yaml and the command line."""
+
+    def wrap(run: Callable[[Spec], None]) -> Callable[[], None]:
+        schema = next(iter(typing.get_type_hints(run).values()))
+
+        def task(composed: DictConfig) -> None:
+            _exit_on_user_error(lambda: run(_typed(composed, schema)))
+
+        def main() -> None:
+            flags = [argument for argument in sys.argv[1:] if argument.startswith("-")]
+            if not any(flag.split("=")[0] in _HYDRA_FLAGS for flag in flags):
+                sys.argv[1:] = [_literal(argument, schema) for argument in sys.argv[1:]]
+                _exit_on_user_error(lambda: _typed(_compose(name, sys.argv[1:]), schema))
+            hydra.main(version_base="1.3", config_path=str(share() / "configs"), config_name=name)(task)()
+
+        return main
+
+    return wrap
+
+
+def save_resolved(spec: Any, path: Path) -> None:
+    """All options of a run, nothing left to interpolate, as YAML."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(spec)))
+
+
+def read_resolved(path: Path) -> dict[str, Any]:
+    """What `save_resolved` wrote, as nested dictionaries; empty when there is no such file."""
+    if not path.is_file():
+        return {}
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    return typing.cast("dict[str, Any]", content)
+
+
+def changed_options(before: dict[str, Any], now: Any, ignored: tuple[str, ...]) -> list[str]:
+    """Dotted options whose values differ, as "max_steps: 100 -> 200"; `ignored` are prefixes that may differ."""
+    then = _leaves(OmegaConf.create(before))
+    today = _leaves(OmegaConf.structured(now))
+    names = [name for name in {**then, **today} if not name.startswith(ignored)]
+    return [f"{n}: {then.get(n)} -> {today.get(n)}" for n in names if then.get(n) != today.get(n)]
+
+
+def _exit_on_user_error(action: Callable[[], object]) -> None:
+    try:
+        action()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def _typed(composed: DictConfig, schema: type[Spec]) -> Spec:
+    """The composed options as a frozen `schema`; UserError for an unknown key, a wrong type, a value out of range."""
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise UserError(f"{listed(missing)} must be given", f"add {missing[0]}=... to the command line")
+    plain = typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
+    built = _built(plain, schema, "")
+    check(built)
+    return built
+
+
+def _built(plain: dict[str, Any], schema: type[Spec], prefix: str) -> Spec:
+    """One level of options; nested dataclasses first, since OmegaConf cannot merge into frozen ones."""
+    kinds = typing.get_type_hints(schema)
+    unknown = [key for key in plain if key not in kinds]
+    if unknown:
+        raise UserError(f"{prefix}{unknown[0]} is not an option", did_you_mean(unknown[0], list(kinds)))
+    nested = {
+        name: _built(plain.get(name) or {}, kind, f"{prefix}{name}.")
+        for name, kind in kinds.items()
+        if dataclasses.is_dataclass(kind)
+    }
+    node = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(node, False)
+    for name, value in plain.items():
+        if name not in nested:
+            _assign(node, name, value, prefix)
+    flat = {name: OmegaConf.to_container(node)[name] for name in kinds if name not in nested}  # type: ignore[index]
+    return schema(**flat, **nested)
+
+
+def _assign(node: DictConfig, name: str, value: Any, prefix: str) -> None:
+    try:
+        node[name] = value
+    except OmegaConfBaseException as error:
+        wanted = str(error.ref_type or node._get_node(name)._metadata.ref_type)  # type: ignore[union-attr]
+        raise UserError(f"{prefix}{name}={value} is not {_described(wanted)}", f"{str(error).splitlines()[0]}") from error
+
+
+def _described(wanted: str) -> str:
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    return next((text for kind, text in words.items() if kind in wanted.lower()), f"a value of type {wanted}")
+
+
+def _compose(name: str, overrides: list[str]) -> DictConfig:
+    """configs/<name>.yaml with overrides; UserError in place of Hydra's words."""
+    with hydra.initialize_config_dir(config_dir=str(share() / "configs"), version_base="1.3"):
+        try:
+            return hydra.compose(config_name=name, overrides=overrides)
+        except MissingConfigException as error:
+            raise _unknown_choice(str(error)) from error
+        except (HydraException, OmegaConfBaseException) as error:
+            known = [*_leaves(hydra.compose(config_name=name)), *_groups()]
+            raise _unknown_option(str(error), overrides, known) from error
+
+
+def _unknown_choice(text: str) -> UserError:
+    found = re.search(r"Could not find '([^']+)'", text)
+    group, _, choice = (found.group(1) if found else "?/?").rpartition("/")
+    options = sorted(path.stem for path in (share() / "configs" / group).glob("*.yaml"))
+    return UserError(f"{group}={choice} is not a choice", did_you_mean(choice, options))
+
+
+def _unknown_option(text: str, overrides: list[str], known: list[str]) -> UserError:
+    for override in overrides:
+        name = override.lstrip("+~").split("=")[0]
+        if name not in known and not any(key.startswith(f"{name}.") for key in known):
+            by_leaf = {key.rpartition(".")[2]: key for key in known}
+            near = did_you_mean(name, known)
+            if near.startswith("one of"):
+                near = did_you_mean(name.rpartition(".")[2], list(by_leaf))
+                near = re.sub(r"mean (\w+)\?", lambda match: f"mean {by_leaf[match.group(1)]}?", near)
+            hint = near if near.startswith("did") else "the options are listed by --cfg job"
+            return UserError(f"{name} is not an option", hint)
+    return UserError(text.splitlines()[0], "write options as name=value; put quotes around values with , = { } [ ]")
+
+
+def _groups() -> list[str]:
+    return [path.name for path in (share() / "configs").iterdir() if path.is_dir()]
+
+
+def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value of every option that is no group; interpolations resolved where they can be."""
+    found: dict[str, Any] = {}
+    for key in config:
+        name, node = f"{prefix}{key}", OmegaConf.select(config, str(key), throw_on_missing=False)
+        if isinstance(node, DictConfig):
+            found |= _leaves(node, f"{name}.")
+        else:
+            found[name] = OmegaConf.to_container(node) if OmegaConf.is_list(node) else node
+    return found
+
+
+def _literal(argument: str, schema: type) -> str:
+    """Quote the value of a text option, so that folders and prompts may hold commas, spaces and equals signs."""
+    name, equals, value = argument.partition("=")
+    quoted = value.startswith(("'", '"', "${")) or value in ("null", "")
+    if not equals or quoted or not _is_text(schema, name.split(".")):
+        return argument
+    return f"{name}='" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _is_text(schema: type, path: list[str]) -> bool:
+    kind: Any = typing.get_type_hints(schema).get(path[0])
+    kinds = set(typing.get_args(kind) or [kind]) - {type(None)}
+    if len(path) > 1:
+        return any(dataclasses.is_dataclass(k) and _is_text(typing.cast("type", k), path[1:]) for k in kinds)
+    return kinds == {str}

@@ -1,0 +1,24 @@
+"""Which device computes, and in which type."""
+
+from __future__ import annotations
+
+import torch
+
+from flux2_lora.errors import UserError, did_you_mean
+
+
+def pick_device(name: str) -> torch.device:
+    """auto takes CUDA (ROCm included), then Apple's MPS, then the CPU; UserError for a device that is not here."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, here in there.items() if here))
+    if name not in there:
+        raise UserError(f"device={name} is not a device", did_you_mean(name, ["auto", *there]))
+    if not there[name]:
+        raise UserError(f"device={name} is not available on this machine", "use device=auto or device=cpu")
+    return torch.device(name)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a CUDA device, float32 elsewhere (half types are slow or wrong on CPUs and MPS)."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,0 +1,1 @@
+"""Sampling and editing with a base and its adapters, and the grids that show it."""

@@ -1,0 +1,48 @@
+"""Limits of options, written where the option is: `rank: int = option(16, at_least=1)`.
+
+Specs stay plain dataclasses; `check` walks a built one and words the first value that is out of its limits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from flux2_lora.errors import UserError, did_you_mean
+
+
+def option(
+    default: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    one_of: Sequence[str] = (),
+) -> Any:
+    """A dataclass field with a default and limits; null is always allowed where the type allows it."""
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "one_of": tuple(one_of)}
+    return dataclasses.field(default=default, metadata=limits)
+
+
+def check(spec: Any, prefix: str = "") -> None:
+    """UserError for the first value, in reading order, outside the limits of its option; `prefix` ends in a dot."""
+    for field in dataclasses.fields(spec):
+        value, name = getattr(spec, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            check(value, f"{name}.")
+        elif field.metadata and value is not None:
+            _check_value(name, value, field.metadata)
+
+
+def _check_value(name: str, value: Any, limits: Any) -> None:
+    if limits["one_of"]:
+        if value not in limits["one_of"]:
+            raise UserError(f"{name}={value} is not a choice", did_you_mean(str(value), limits["one_of"]))
+        return
+    low, above, high = limits["at_least"], limits["above"], limits["at_most"]
+    too_low = (low is not None and value < low) or (above is not None and value <= above)
+    if too_low or (high is not None and value > high):
+        bounds = [f"at least {low}"] if low is not None else [f"above {above}"] if above is not None else []
+        bounds += [f"at most {high}"] if high is not None else []
+        raise UserError(f"{name}={value} is out of range", f"give a value of {' and '.join(bounds)}")

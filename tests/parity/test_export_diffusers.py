@@ -1,0 +1,102 @@
+"""The exported file in Diffusers' own loader: every merged weight is the base plus the trained update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flux2_lora.export import export_universal
+from flux2_lora.keys import is_target
+
+RANK, ALPHA = 4, 8.0
+
+
+def transformer() -> Flux2Transformer2DModel:
+    torch.manual_seed(0)
+    return Flux2Transformer2DModel(
+        attention_head_dim=128,
+        num_attention_heads=2,
+        num_layers=1,
+        num_single_layers=2,
+        in_channels=128,
+        joint_attention_dim=64,
+        guidance_embeds=False,
+    )
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Linear -> a copy of its weight [out in]."""
+    return {name: m.weight.detach().clone() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def adapter(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A random PEFT state for every Linear of the blocks, with updates of about the size of the weights."""
+    rng = torch.Generator().manual_seed(1)
+    state = {}
+    for name, weight in weights.items():
+        if is_target("flux2", name):
+            height, width = weight.shape
+            state[f"{name}.lora_A.weight"] = 0.1 * torch.randn(RANK, width, generator=rng)
+            state[f"{name}.lora_B.weight"] = 0.1 * torch.randn(height, RANK, generator=rng)
+    return state
+
+
+def merged(path: Path) -> dict[str, Tensor]:
+    """The weights after Flux2KleinPipeline has loaded `path` and fused it."""
+    pipeline = Flux2KleinPipeline(None, None, None, None, transformer())
+    pipeline.load_lora_weights(path.parent, weight_name=path.name, local_files_only=True)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    return weights_of(pipeline.transformer)
+
+
+def differences(path: Path, state: Mapping[str, Tensor]) -> dict[str, float]:
+    """Linear -> largest |merged - (base + alpha / rank * B A)|."""
+    base, result = weights_of(transformer()), merged(path)
+    assert base.keys() == result.keys()
+    errors = {}
+    for name, weight in base.items():
+        down, up = state.get(f"{name}.lora_A.weight"), state.get(f"{name}.lora_B.weight")
+        update = ALPHA / RANK * up @ down if down is not None and up is not None else torch.zeros(())
+        errors[name] = (result[name] - (weight + update)).abs().max().item()
+    return errors
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+    path, state = tmp_path / "style.safetensors", adapter(weights_of(transformer()))
+    export_universal(state, RANK, ALPHA, path, architecture="flux2", dtype=torch.float32, header={"format": "pt"})
+    return path, state
+
+
+def test_every_merged_weight_is_the_base_plus_the_update(exported: tuple[Path, dict[str, Tensor]]) -> None:
+    path, state = exported
+    assert max(differences(path, state).values()) < 1e-6
+
+
+def test_every_linear_of_the_blocks_is_updated_and_no_other(exported: tuple[Path, dict[str, Tensor]]) -> None:
+    base, result = weights_of(transformer()), merged(exported[0])
+    updated = {name for name in base if not torch.equal(base[name], result[name])}
+    assert updated == {name for name in base if is_target("flux2", name)}
+
+
+def test_a_missing_member_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "style.safetensors"
+    state = {key: t for key, t in adapter(weights_of(transformer())).items() if ".to_q." not in key}
+    export_universal(state, RANK, ALPHA, path, architecture="flux2", dtype=torch.float32, header={"format": "pt"})
+    assert max(differences(path, state).values()) < 1e-6
+
+
+def test_a_wrong_alpha_fails_this_comparison(exported: tuple[Path, dict[str, Tensor]]) -> None:
+    path, state = exported
+    tensors = load_file(path)
+    tensors["lora_unet_double_blocks_0_img_attn_qkv.alpha"] *= RANK / ALPHA
+    save_file(tensors, path)
+    wrong = {name for name, error in differences(path, state).items() if error > 1e-6}
+    assert wrong == {f"transformer_blocks.0.attn.to_{part}" for part in "qkv"}
