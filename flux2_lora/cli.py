@@ -26,7 +26,7 @@ class Program:
 PROGRAMS = {
     "train": Program(file="train/lora.py", does="train an adapter: prepare, learn, validate, preview, export"),
     "prepare": Program(file="data/prepare.py", does="fill the latent and text caches of a folder of pictures"),
-    "inspect": Program(file="data/inspect.py", does="dry run on a folder: buckets, captions, a contact sheet"),
+    "inspect": Program(file="data/look.py", does="dry run on a folder: buckets, captions, a contact sheet"),
     "sample": Program(file="scripts/sample.py", does="grids of pictures from prompts, by adapters and strengths"),
     "edit": Program(file="scripts/edit.py", does="inpaint, outpaint, image to image, upscale"),
     "export": Program(

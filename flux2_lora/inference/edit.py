@@ -19,6 +19,7 @@ from flux2_lora.families import ModelFamily
 from flux2_lora.flow import mix
 from flux2_lora.inference.pictures import to_pictures, to_pixels
 from flux2_lora.inference.pipeline import Prompted, generate
+from flux2_lora.options import option
 from flux2_lora.samplers import OnStep
 
 
@@ -26,10 +27,10 @@ from flux2_lora.samplers import OnStep
 class Border:
     """Pixels to add on each side."""
 
-    left: int = 0
-    right: int = 0
-    top: int = 0
-    bottom: int = 0
+    left: int = option(0, at_least=0)
+    right: int = option(0, at_least=0)
+    top: int = option(0, at_least=0)
+    bottom: int = option(0, at_least=0)
 
 
 def keep_outside(mask: Tensor, latents: Tensor, noise: Tensor) -> OnStep:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from statistics import mean
@@ -18,15 +19,34 @@ from rich.table import Table
 from torch import Tensor
 
 from flux2_lora.buckets import assign, crop_loss
+from flux2_lora.config import program
 from flux2_lora.dataset import DatasetSpec, Record, Scan, crop_to, open_rgb, scan, scan_validation
 from flux2_lora.errors import listed
+from flux2_lora.families import ModelSpec, load_family
 from flux2_lora.files import write_bytes
+from flux2_lora.options import option
 
 LONGEST_CAPTION = 350
 """Words. Text encoders read 512 tokens and English takes about 1.4 tokens a word: what comes later is cut off."""
 SHEET_PICTURES = 60
 CELL_PX, GAP_PX, TEXT_PX, TEXT_LINES = 288, 20, 16, 4
 PAPER, INK, GREY, TAG = "#ffffff", "#111111", "#666666", "#0b57d0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """configs/inspect.yaml. output: the contact sheet, a PNG file."""
+
+    model: ModelSpec
+    dataset: DatasetSpec
+    seed: int = option(0, at_least=0)
+    output: str = "outputs/inspect.png"
+
+
+@program("inspect")
+def main(config: InspectConfig) -> None:
+    family = load_family(config.model.family)
+    inspect(config.dataset, config.seed, Path(config.output).expanduser(), family.pixels_per_token)
 
 
 def inspect(spec: DatasetSpec, seed: int, output: Path, step: int) -> None:
@@ -177,3 +197,7 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
             lines[-1] = lines[-1][:-1]
         lines[-1] += "..."
     return lines
+
+
+if __name__ == "__main__":
+    main()
