@@ -461,7 +461,7 @@ def main() -> None:
     parser.add_argument("stage", choices=["data", "vae", "transformer", "bundle"])
     parser.add_argument("--work", type=Path, default=Path("outputs/pretrain_tiny"))
     parser.add_argument("--vae-stop", type=int, default=3400)
-    parser.add_argument("--transformer-steps", type=int, default=9000)
+    parser.add_argument("--transformer-steps", type=int, default=5000)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.stage == "data":
