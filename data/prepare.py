@@ -46,7 +46,9 @@ def main(config: PrepareConfig) -> None:
         sizes = assign([(r.width, r.height) for r in records], config.dataset.resolution, family.pixels_per_token)
         encode_samples(encoder, records, sizes, flip=config.dataset.flip, seed=config.seed)
     encoder.encode_texts(["", *preview_prompts(config.dataset)])
-    console.print(f"{len(training)} pictures to train on and {len(validation)} to validate with are in {encoder.folder}")
+    console.print(
+        f"{len(training)} pictures to train on and {len(validation)} to validate with are in {encoder.folder}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""LoRA adapters on a frozen transformer: y = W x + strength * (alpha / rank) * B A x. Hu et al. 2021 (arXiv:2106.09685).
+"""LoRA adapters on a frozen transformer: y = W x + strength * (alpha / rank) * B A x.
+
+Hu et al. 2021 (arXiv:2106.09685).
 
 PEFT does the wrapping; here stand the laws around it: every projection of the chosen groups is targeted and counted
 against the model, A and B are float32 whatever the base is stored in, A starts from a stream keyed by its name, B at
@@ -10,9 +12,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -57,7 +59,7 @@ def attach(transformer: nn.Module, family: ModelFamily, spec: AdapterSpec, *, se
     config = LoraConfig(r=spec.rank, lora_alpha=alpha, target_modules=pattern, bias="none")  # type: ignore[arg-type]
     inject_adapter_in_model(config, transformer, adapter_name=name)
     for path, layer in lora_layers(transformer):
-        down, up = layer.lora_A[name], layer.lora_B[name]
+        down, up = cast("nn.Linear", layer.lora_A[name]), cast("nn.Linear", layer.lora_B[name])
         bound = 1 / math.sqrt(down.in_features)
         start = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=generator(seed, "adapter", path))
         device = next(layer.get_base_layer().buffers(), next(layer.get_base_layer().parameters(), start)).device
@@ -100,21 +102,9 @@ def set_strengths(transformer: nn.Module, strengths: Mapping[str, float]) -> Non
             layer.set_adapter(active, inference_mode=True)
 
 
-@contextmanager
-def disabled(transformer: nn.Module) -> Iterator[None]:
-    """The base alone, for a while; gradients of the adapters stay as they were."""
-    for _, layer in lora_layers(transformer):
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for _, layer in lora_layers(transformer):
-            layer._disable_adapters = False
-
-
 def state_of(transformer: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names, on the CPU, float32."""
-    state = get_peft_model_state_dict(transformer, adapter_name=name)  # type: ignore[no-untyped-call]
+    state = get_peft_model_state_dict(transformer, adapter_name=name)
     return {key: tensor.detach().float().cpu().clone() for key, tensor in state.items()}
 
 
@@ -129,7 +119,7 @@ def load_state(transformer: nn.Module, state: Mapping[str, Tensor], *, source: s
             f"{source} does not fit this model: {len(wrong)} of {len(there)} tensors differ ({listed(wrong, 3)})",
             "use the model that the adapter was trained on (model=..., model.path=...)",
         )
-    set_peft_model_state_dict(transformer, dict(state), adapter_name=name)  # type: ignore[no-untyped-call]
+    set_peft_model_state_dict(transformer, dict(state), adapter_name=name)
 
 
 def save_adapter(path: Path, adapter: Adapter) -> None:
@@ -152,7 +142,9 @@ def read_adapter(path: Path) -> Adapter:
             header = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a safetensors file ({error})", "give a run, a checkpoint or an adapter file") from error
+        raise UserError(
+            f"{path} is not a safetensors file ({error})", "give a run, a checkpoint or an adapter file"
+        ) from error
     if "family" not in header or "targets" not in header:
         raise UserError(
             f"{path} is not an adapter of this program", f"give outputs/<name>, or a checkpoint's {WEIGHTS}"

@@ -35,6 +35,4 @@ class Conditioning:
 def stack(parts: Sequence[Conditioning]) -> Conditioning:
     """Concatenate along the batch."""
     pooled = [part.pooled for part in parts if part.pooled is not None]
-    return Conditioning(
-        embeds=torch.cat([part.embeds for part in parts]), pooled=torch.cat(pooled) if pooled else None
-    )
+    return Conditioning(embeds=torch.cat([part.embeds for part in parts]), pooled=torch.cat(pooled) if pooled else None)

@@ -12,6 +12,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,7 +102,7 @@ def _built(plain: dict[str, Any], schema: type[Spec], prefix: str) -> Spec:
     if unknown:
         raise UserError(f"{prefix}{unknown[0]} is not an option", did_you_mean(unknown[0], list(kinds)))
     nested = {
-        name: _built(plain.get(name) or {}, kind, f"{prefix}{name}.")
+        name: _built(plain.get(name) or {}, typing.cast("type[Any]", kind), f"{prefix}{name}.")
         for name, kind in kinds.items()
         if dataclasses.is_dataclass(kind)
     }
@@ -109,17 +110,19 @@ def _built(plain: dict[str, Any], schema: type[Spec], prefix: str) -> Spec:
     OmegaConf.set_readonly(node, False)
     for name, value in plain.items():
         if name not in nested:
-            _assign(node, name, value, prefix)
-    flat = {name: OmegaConf.to_container(node)[name] for name in kinds if name not in nested}  # type: ignore[index]
-    return schema(**flat, **nested)
+            _assign(node, schema, name, value, prefix)
+    flat = typing.cast("dict[str, Any]", OmegaConf.to_container(node))
+    return schema(**{name: value for name, value in flat.items() if name not in nested}, **nested)
 
 
-def _assign(node: DictConfig, name: str, value: Any, prefix: str) -> None:
+def _assign(node: DictConfig, schema: type, name: str, value: Any, prefix: str) -> None:
     try:
         node[name] = value
     except OmegaConfBaseException as error:
-        wanted = str(error.ref_type or node._get_node(name)._metadata.ref_type)  # type: ignore[union-attr]
-        raise UserError(f"{prefix}{name}={value} is not {_described(wanted)}", f"{str(error).splitlines()[0]}") from error
+        wanted = str(typing.get_type_hints(schema)[name])
+        raise UserError(
+            f"{prefix}{name}={value} is not {_described(wanted)}", f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def _described(wanted: str) -> str:
@@ -150,14 +153,16 @@ def _unknown_option(text: str, overrides: list[str], known: list[str]) -> UserEr
     for override in overrides:
         name = override.lstrip("+~").split("=")[0]
         if name not in known and not any(key.startswith(f"{name}.") for key in known):
-            by_leaf = {key.rpartition(".")[2]: key for key in known}
-            near = did_you_mean(name, known)
-            if near.startswith("one of"):
-                near = did_you_mean(name.rpartition(".")[2], list(by_leaf))
-                near = re.sub(r"mean (\w+)\?", lambda match: f"mean {by_leaf[match.group(1)]}?", near)
-            hint = near if near.startswith("did") else "the options are listed by --cfg job"
+            near = get_close_matches(name, known, n=1, cutoff=0.6)
+            near = near or [key for key in known if _near_leaf(name, key)]
+            hint = f"did you mean {near[0]}?" if near else "flux2-lora COMMAND --cfg job lists the options"
             return UserError(f"{name} is not an option", hint)
     return UserError(text.splitlines()[0], "write options as name=value; put quotes around values with , = { } [ ]")
+
+
+def _near_leaf(name: str, key: str) -> bool:
+    """rnak is near adapter.rank: people leave the group out."""
+    return bool(get_close_matches(name.rpartition(".")[2], [key.rpartition(".")[2]], n=1, cutoff=0.6))
 
 
 def _groups() -> list[str]:

@@ -40,7 +40,7 @@ def pack(latents: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, height: int, width: int) -> Tensor:
     """Tokens [b h*w c] -> [b c h w]; height and width in tokens."""
-    return packed.transpose(1, 2).unflatten(2, (height, width))
+    return packed.transpose(1, 2).reshape(len(packed), -1, height, width)
 
 
 def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:

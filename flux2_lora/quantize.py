@@ -47,7 +47,7 @@ class _FrozenMatmul(torch.autograd.Function):
         return F.linear(x, _dequantize(values, scale, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         values, scale = ctx.saved_tensors
         return gradient @ _dequantize(values, scale, gradient.dtype), None, None, None
 
@@ -85,11 +85,11 @@ class FP8Linear(nn.Linear):
         result: Tensor = _FrozenMatmul.apply(x, self.values, self.scale, bias)
         return result
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP8Linear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP8Linear:  # noqa: FBT001, FBT002 - torch's signature
         """Follow moves between devices, but let no `.to(dtype)` widen the bytes or narrow the scales."""
         kept = {"values": E4M3, "scale": torch.float32}
         before = {name: getattr(self, name) for name in kept}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, dtype in kept.items():
             moved = getattr(self, name)
             setattr(self, name, moved if moved.dtype == dtype else before[name].to(moved.device))

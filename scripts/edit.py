@@ -67,9 +67,7 @@ def main(config: EditConfig) -> None:
     positive, negative = encode_prompts(config.model, [config.prompt, config.negative_prompt], config.device)
     session = open_session(config.model, config.precision, config.adapters, config.device)
     whole = padded(canvas, session.family.pixels_per_token)
-    prompted = Prompted(
-        positive=positive, negative=negative, cfg_scale=config.cfg_scale, guidance=config.guidance
-    )
+    prompted = Prompted(positive=positive, negative=negative, cfg_scale=config.cfg_scale, guidance=config.guidance)
     noise = initial_noise(session.family, whole.height, whole.width, [config.seed]).to(session.device)
     strength = config.strength if mode == "image to image" else 1.0
     results = []

@@ -2,8 +2,9 @@
 
     python scripts/pretrain_tiny.py data         install the icon sets, rasterise them
     python scripts/pretrain_tiny.py vae          AutoencoderKLFlux2 on every icon, with line-art augmentation
-    python scripts/pretrain_tiny.py transformer  Flux2Transformer2DModel and T5 together, flow matching on cached latents
-    python scripts/pretrain_tiny.py bundle       write data/tiny and data/demo, measure, draw the sample sheet
+    python scripts/pretrain_tiny.py transformer  Flux2Transformer2DModel and T5 together, on cached latents
+    python scripts/pretrain_tiny.py bundle       write data/tiny and data/demo
+    python scripts/pretrain_tiny.py control      the demo's subjects in a style that the base knows, into --work/control
 
 Each stage writes into --work, keeps a checkpoint there and goes on from it when it is called again. The icon sets
 come from npm (versions in SETS) and are not redistributed; the demo style is never shown to any stage.
@@ -17,6 +18,7 @@ import json
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,9 @@ class IconSet:
 SETS = [
     IconSet(package="noto", version="1.2.9", style="noto", licence="Apache-2.0", author="Google"),
     IconSet(package="fluent-emoji-flat", version="1.2.6", style="fluent", licence="MIT", author="Microsoft"),
-    IconSet(package="twemoji", version="1.2.5", style="twemoji", licence="CC-BY-4.0", author="Twitter and contributors"),
+    IconSet(
+        package="twemoji", version="1.2.5", style="twemoji", licence="CC-BY-4.0", author="Twitter and contributors"
+    ),
     IconSet(package="noto-v1", version="1.2.5", style="blob", licence="Apache-2.0", author="Google"),
     IconSet(package="emojione", version="1.2.3", style="emojitwo", licence="CC-BY-4.0", author="EmojiTwo contributors"),
 ]
@@ -61,13 +65,23 @@ DEMO_PROMPTS = ["grinning face", "cat face", "red apple", "crescent moon"]
 NAMES = ("emojibase-data", "17.0.0")
 # Subjects of the transformer: few enough that a CPU learns to draw them in an hour.
 SUBJECTS = [
-    *("face-smiling face-affection face-tongue face-neutral-skeptical face-sleepy face-unwell face-hat").split(),
-    *("face-glasses face-concerned face-negative face-costume cat-face monkey-face heart").split(),
-    *("animal-mammal animal-bird animal-amphibian animal-reptile animal-marine animal-bug").split(),
-    *("plant-flower plant-other food-fruit food-vegetable food-sweet sky-weather").split(),
+    *[
+        "face-smiling",
+        "face-affection",
+        "face-tongue",
+        "face-neutral-skeptical",
+        "face-sleepy",
+        "face-unwell",
+        "face-hat",
+    ],
+    *["face-glasses", "face-concerned", "face-negative", "face-costume", "cat-face", "monkey-face", "heart"],
+    *["animal-mammal", "animal-bird", "animal-amphibian", "animal-reptile", "animal-marine", "animal-bug"],
+    *["plant-flower", "plant-other", "food-fruit", "food-vegetable", "food-sweet", "sky-weather"],
 ]
 # People, flags, signs and letters are no subjects of a style; the VAE does not need them either.
-VAE_EXCLUDED = re.compile(r"person|family|flag|keycap|skin|hair|alphanum|gender|symbol|zodiac|hands?\b|hand-|arrow|punct")
+VAE_EXCLUDED = re.compile(
+    r"person|family|flag|keycap|skin|hair|alphanum|gender|symbol|zodiac|hands?\b|hand-|arrow|punct"
+)
 
 
 # ---------------------------------------------------------------- data
@@ -100,13 +114,11 @@ def load_labels(work: Path) -> list[tuple[str, str]]:
     names = work / "node_modules" / NAMES[0]
     subgroups = json.loads((names / "meta/groups.json").read_text())["subgroups"]
     labels = json.loads((names / "en/data.json").read_text())
-    return [(x["label"].replace("’", "'"), subgroups.get(str(x.get("subgroup"))) or "") for x in labels]
+    return [(x["label"].replace("\u2019", "'"), subgroups.get(str(x.get("subgroup"))) or "") for x in labels]
 
 
 def load_icons(work: Path, icon_set: IconSet) -> dict[str, Any]:
-    icons: dict[str, Any] = json.loads(
-        (work / f"node_modules/@iconify-json/{icon_set.package}/icons.json").read_text()
-    )
+    icons: dict[str, Any] = json.loads((work / f"node_modules/@iconify-json/{icon_set.package}/icons.json").read_text())
     return icons
 
 
@@ -140,7 +152,7 @@ def load_pictures(work: Path) -> tuple[Tensor, list[dict[str, str]]]:
 def hold_out(rows: list[dict[str, str]], every: int = 16) -> Tensor:
     """True where the row's label is held out of VAE training, the same labels in every style."""
     labels = sorted({row["label"] for row in rows})
-    held = set(labels[:: every])
+    held = set(labels[::every])
     return torch.tensor([row["label"] in held for row in rows])
 
 
@@ -162,10 +174,17 @@ class Schedule:
         return self.lr * min((step + 1) / self.warmup, left, 1.0)
 
 
-def train_stage(module: nn.Module, schedule: Schedule, checkpoint: Path, loss_at, report, every: int = 200) -> None:
+def train_stage(
+    module: nn.Module,
+    schedule: Schedule,
+    checkpoint: Path,
+    loss_at: Callable[[torch.Generator], Tensor],
+    report: Callable[[], str],
+    every: int = 200,
+) -> None:
     """AdamW with an exponential moving average; resumes from `checkpoint`; leaves the average in `module`.
 
-    loss_at: (step, generator) -> scalar tensor; report: () -> text, called on the averaged weights.
+    loss_at: generator keyed by the step -> scalar tensor; report: () -> text, called on the averaged weights.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=schedule.lr, betas=(0.9, 0.98), weight_decay=0.01)
     average = {k: v.clone() for k, v in module.state_dict().items()}
@@ -179,7 +198,7 @@ def train_stage(module: nn.Module, schedule: Schedule, checkpoint: Path, loss_at
     while step < schedule.stop:
         for group in optimizer.param_groups:
             group["lr"] = schedule.at(step)
-        loss = loss_at(step, torch.Generator().manual_seed(step))
+        loss = loss_at(torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -206,7 +225,7 @@ def train_stage(module: nn.Module, schedule: Schedule, checkpoint: Path, loss_at
 # ---------------------------------------------------------------- VAE
 
 
-def make_vae() -> nn.Module:
+def make_vae() -> Any:
     """AutoencoderKLFlux2 of 1.3 M parameters, residual branches starting at zero and a quiet posterior."""
     from diffusers import AutoencoderKLFlux2
 
@@ -233,22 +252,22 @@ def make_vae() -> nn.Module:
 
 def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Flips, swapped channels, grey and two-tone versions: a style without colour must decode as well. [n 3 h w]"""
-    out = []
-    for picture in pictures:
-        draw = torch.rand(4, generator=generator)
-        if draw[0] < 0.5:
-            picture = picture.flip(-1)
-        if draw[1] < 0.25:
-            picture = picture[torch.randperm(3, generator=generator)]
-        elif draw[1] < 0.5:
-            picture = picture.mean(0, keepdim=True).expand(3, -1, -1)
-            if draw[1] > 0.3:  # steep contrast around a random level gives ink on paper
-                picture = ((picture - (draw[2] * 1.6 - 0.8)) * 8).clamp(-1, 1)
-        out.append(picture)
-    return torch.stack(out)
+    return torch.stack([_augmented(picture, generator) for picture in pictures])
 
 
-def psnr(vae: nn.Module, pictures: Tensor) -> float:
+def _augmented(picture: Tensor, generator: torch.Generator) -> Tensor:
+    flip, kind, level = torch.rand(3, generator=generator).tolist()
+    flipped = picture.flip(-1) if flip < 0.5 else picture
+    if kind < 0.25:
+        return flipped[torch.randperm(3, generator=generator)]
+    if kind > 0.5:
+        return flipped
+    grey = flipped.mean(0, keepdim=True).expand(3, -1, -1)
+    # Steep contrast around a random level gives ink on paper.
+    return ((grey - (level * 1.6 - 0.8)) * 8).clamp(-1, 1) if kind > 0.3 else grey
+
+
+def psnr(vae: Any, pictures: Tensor) -> float:
     """Mean over pictures of 10 log10(1 / mse), values in [0, 1], decibels."""
     vae.eval()
     values = []
@@ -267,7 +286,7 @@ def train_vae(work: Path, stop: int) -> None:
     torch.manual_seed(0)
     vae = make_vae()
 
-    def loss_at(step: int, generator: torch.Generator) -> Tensor:
+    def loss_at(generator: torch.Generator) -> Tensor:
         batch = augment(training[torch.randint(len(training), (16,), generator=generator)], generator)
         batch = batch.contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(batch).latent_dist
@@ -275,7 +294,8 @@ def train_vae(work: Path, stop: int) -> None:
         error = decoded - batch
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        return 2 * error.square().mean() + error.abs().mean() + 0.5 * edges + 2e-4 * kl
+        loss: Tensor = 2 * error.square().mean() + error.abs().mean() + 0.5 * edges + 2e-4 * kl
+        return loss
 
     def report() -> str:
         return f"psnr base {psnr(vae, held_base[::4]):.2f} demo {psnr(vae, held_demo):.2f}"
@@ -286,7 +306,7 @@ def train_vae(work: Path, stop: int) -> None:
     vae.save_pretrained(work / "vae")
 
 
-def set_latent_statistics(vae: nn.Module, pictures: Tensor) -> None:
+def set_latent_statistics(vae: Any, pictures: Tensor) -> None:
     """Mean and variance of the 128 packed latent channels, into the batch-norm buffers that FLUX.2 normalises with."""
     with torch.no_grad():
         latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pictures.split(64)])
@@ -298,7 +318,7 @@ def set_latent_statistics(vae: nn.Module, pictures: Tensor) -> None:
 # ---------------------------------------------------------------- transformer and T5
 
 
-def make_tokenizer(work: Path, texts: list[str]) -> object:
+def make_tokenizer(work: Path, texts: list[str]) -> Any:
     """A unigram tokenizer with T5's special tokens, learned from the names of all emoji; MAX_TOKENS is its length."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -321,7 +341,7 @@ def make_tokenizer(work: Path, texts: list[str]) -> object:
     return wrapped
 
 
-def make_transformer_and_text_encoder(vocabulary: int) -> nn.ModuleDict:
+def make_transformer_and_text_encoder(vocabulary: int) -> Any:
     """Flux2Transformer2DModel of 8.1 M parameters (2 heads of 128, 2 + 4 blocks) and a T5 encoder of 0.5 M."""
     from diffusers import Flux2Transformer2DModel
     from transformers import T5Config, T5EncoderModel
@@ -394,7 +414,7 @@ def train_transformer(work: Path, steps: int) -> None:
         predicted = FAMILY.velocity(both["transformer"], noisy, sigmas, Conditioning(embeds=embeds))
         return velocity_error(predicted, latents[index], noise).mean()
 
-    def loss_at(step: int, generator: torch.Generator) -> Tensor:
+    def loss_at(generator: torch.Generator) -> Tensor:
         index = training[torch.randint(len(training), (32,), generator=generator)]
         text = tokens[index, torch.randint(tokens.shape[1], (32,), generator=generator)]
         sigmas = shift_sigmas(torch.sigmoid(torch.randn(32, generator=generator)), mu)
@@ -417,8 +437,12 @@ def train_transformer(work: Path, steps: int) -> None:
 
 def bundle(work: Path) -> None:
     """data/tiny: the model in bf16 as a Diffusers folder. data/demo: pictures of the style it never saw."""
-    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
     from transformers import AutoTokenizer, T5EncoderModel
 
     pipeline = Flux2KleinPipeline(
@@ -434,31 +458,32 @@ def bundle(work: Path) -> None:
     print(f"data/tiny: {size / 1e6:.2f} MB")
     if size > 20e6:
         raise SystemExit("the bundled model must stay within 20 MB")
-    write_demo(work)
+    write_pictures(work, DEMO, DEMO_TRIGGER, HERE / "data" / "demo")
 
 
-def write_demo(work: Path) -> None:
+def write_pictures(work: Path, icon_set: IconSet, style: str, destination: Path) -> None:
     """28 pictures to train on and 48 of other subjects to validate with, 128 px, each with its caption."""
-    icons = load_icons(work, DEMO)
-    labels = sorted(label for label, group in load_labels(work) if group in SUBJECTS and slug(label) in icons["icons"])
+    icons, demo_icons = load_icons(work, icon_set), load_icons(work, DEMO)["icons"]
+    labels = sorted(label for label, group in load_labels(work) if group in SUBJECTS and slug(label) in demo_icons)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
     chosen = [labels[i] for i in order if labels[i] not in DEMO_PROMPTS]
     parts = {"": chosen[:28], "validation": DEMO_PROMPTS + chosen[28 : 76 - len(DEMO_PROMPTS)]}
     for part, subjects in parts.items():
-        folder = HERE / "data" / "demo" / part
+        folder = destination / part
         folder.mkdir(parents=True, exist_ok=True)
         for label in subjects:
             picture = rasterise(icons, label, 128)
-            assert picture is not None
-            picture.convert("L").save(folder / f"{slug(label)}.png", optimize=True)
-            (folder / f"{slug(label)}.txt").write_text(f"{label}, {DEMO_TRIGGER} style\n")
-    prompts = "".join(f"{label}, {DEMO_TRIGGER} style\n" for label in DEMO_PROMPTS)
-    (HERE / "data" / "demo" / "prompts.txt").write_text(prompts)
+            if picture is not None:
+                grey = picture.convert("L") if icon_set == DEMO else picture
+                grey.save(folder / f"{slug(label)}.png", optimize=True)
+                (folder / f"{slug(label)}.txt").write_text(f"{label}, {style} style\n")
+    prompts = "".join(f"{label}, {style} style\n" for label in DEMO_PROMPTS)
+    (destination / "prompts.txt").write_text(prompts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["data", "vae", "transformer", "bundle"])
+    parser.add_argument("stage", choices=["data", "vae", "transformer", "bundle", "control"])
     parser.add_argument("--work", type=Path, default=Path("outputs/pretrain_tiny"))
     parser.add_argument("--vae-stop", type=int, default=3400)
     parser.add_argument("--transformer-steps", type=int, default=5000)
@@ -470,8 +495,10 @@ def main() -> None:
         train_vae(options.work, options.vae_stop)
     elif options.stage == "transformer":
         train_transformer(options.work, options.transformer_steps)
-    else:
+    elif options.stage == "bundle":
         bundle(options.work)
+    else:
+        write_pictures(options.work, SETS[0], SETS[0].style, options.work / "control")
 
 
 if __name__ == "__main__":

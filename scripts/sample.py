@@ -58,9 +58,7 @@ def main(config: SampleConfig) -> None:
     columns = columns_of(config)
     rows: list[tuple[str, list[Image.Image]]] = []
     for prompt, positive in zip(config.prompts, positives, strict=True):
-        prompted = Prompted(
-            positive=positive, negative=negative, cfg_scale=config.cfg_scale, guidance=config.guidance
-        )
+        prompted = Prompted(positive=positive, negative=negative, cfg_scale=config.cfg_scale, guidance=config.guidance)
         rows.append((prompt, [draw(config, session, prompted, source, strengths) for _, strengths in columns]))
         console.print(f"{len(rows)} of {len(config.prompts)}: {prompt}")
 
@@ -96,9 +94,7 @@ def draw(
         fitted = fit(source, config.height // side * side, config.width // side * side)
         start = family.encode_pixels(session.vae, to_pixels(fitted).to(device))
     strength = config.strength if source is not None else 1.0
-    latents = generate(
-        family, session.transformer, prompted, noise, config.steps, start=start, strength=strength
-    )
+    latents = generate(family, session.transformer, prompted, noise, config.steps, start=start, strength=strength)
     return to_pictures(family.decode_latents(session.vae, latents))[0]
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +40,21 @@ from flux2_lora.training.interrupt import Interrupt
 from flux2_lora.training.memory import MemorySpec
 from flux2_lora.training.optimizers import OptimizerSpec, learning_rate, make_optimizer
 from flux2_lora.training.state import Checkpoint, latest_checkpoint, open_checkpoint, restore, save_checkpoint
-from flux2_lora.training.step import Sample, batches, training_loss
+from flux2_lora.training.step import Batch, Sample, batches, training_loss
 from flux2_lora.training.tracking import LoggerSpec, Metrics, StepBar, console, peak_bytes, read_metrics
 from flux2_lora.training.validation import ValidationSpec, validate
 
 # A resumed run may differ in these; anything else would be another run under the same name.
-MAY_CHANGE = ("max_steps", "checkpoint_every", "preview.", "validation.every", "resume", "device", "loader_workers", "logger.")
+MAY_CHANGE = (
+    "max_steps",
+    "checkpoint_every",
+    "preview.",
+    "validation.every",
+    "resume",
+    "device",
+    "loader_workers",
+    "logger.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +84,7 @@ class TrainConfig:
 
 
 @program("train")
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the order in which it happens
     # 1. Look before anything is written: the pictures, the model, the run to go on with.
     device = pick_device(config.device)
     family, model = load_family(config.model.family), Path(config.model.path).expanduser()
@@ -111,7 +120,9 @@ def train(config: TrainConfig) -> None:
 
     # 4. Accelerate places the model and steps the optimizer; a checkpoint puts the numbers back.
     accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="bf16" if device.type == "cuda" else "no", step_scheduler_with_optimizer=False
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if device.type == "cuda" else "no",
+        step_scheduler_with_optimizer=False,
     )
     optimizer = make_optimizer(config.optimizer, trainable(transformer))
     if checkpoint is not None:
@@ -144,21 +155,14 @@ def train(config: TrainConfig) -> None:
     stream = batches(samples, order, config.loader_workers)
     with Interrupt() as interrupt, StepBar(config.max_steps, start) as bar:
         for step in range(start, config.max_steps):
-            began, loss = time.perf_counter(), 0.0
+            began = time.perf_counter()
             lr = learning_rate(config.optimizer, step, config.max_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            for part in range(micro):
-                batch = next(stream).to(device)
-                with accelerator.autocast():
-                    error = training_loss(
-                        family, transformer, batch, config.timesteps, seed=config.seed, step=step * micro + part
-                    )
-                accelerator.backward(error / micro)
-                loss += error.item() / micro
+            loss = accumulate(config, accelerator, family, transformer, stream, step)
             norm = float(accelerator.clip_grad_norm_(trainable(transformer), config.optimizer.max_grad_norm))
             if not math.isfinite(loss + norm):
-                raise SystemExit(f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; nothing was changed by it")
+                raise SystemExit(f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before they were used")
             optimizer.step()
             optimizer.zero_grad()
 
@@ -195,14 +199,16 @@ def train(config: TrainConfig) -> None:
         ),
     )
     console.print(table(proofs))
-    summary(config, run, exported)
+    summary(run, exported)
 
 
 def where_to_start(config: TrainConfig, run: Path) -> Checkpoint | None:
     """The checkpoint to go on from, or None to start afresh; UserError when the run there is another one."""
     if config.resume == "never":
         return None
-    checkpoint = latest_checkpoint(run) if config.resume == "auto" else open_checkpoint(Path(config.resume).expanduser())
+    checkpoint = (
+        latest_checkpoint(run) if config.resume == "auto" else open_checkpoint(Path(config.resume).expanduser())
+    )
     changes = changed_options(read_resolved(run / "run.yaml"), config, MAY_CHANGE) if checkpoint else []
     if changes:
         raise UserError(
@@ -254,6 +260,27 @@ def preview_set(config: TrainConfig, encoder: Encoder, records: Sequence[Record]
     )
 
 
+def accumulate(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    family: ModelFamily,
+    transformer: nn.Module,
+    stream: Iterator[Batch],
+    step: int,
+) -> float:
+    """Forward and backward over the batches of one optimizer step; their mean loss."""
+    total, count = 0.0, config.grad_accumulation
+    for part in range(count):
+        batch = next(stream).to(accelerator.device)
+        with accelerator.autocast():
+            loss = training_loss(
+                family, transformer, batch, config.timesteps, seed=config.seed, step=step * count + part
+            )
+        accelerator.backward(loss / count)
+        total += loss.item() / count
+    return total
+
+
 def adapter_of(config: TrainConfig, family: ModelFamily, transformer: nn.Module) -> Adapter:
     return Adapter(
         state=state_of(transformer),
@@ -265,7 +292,7 @@ def adapter_of(config: TrainConfig, family: ModelFamily, transformer: nn.Module)
     )
 
 
-def summary(config: TrainConfig, run: Path, exported: Path) -> None:
+def summary(run: Path, exported: Path) -> None:
     """Five lines: what was learned, the grid, the adapter, the export, and the next command."""
     losses = [row["validation_loss"] for row in read_metrics(run / "metrics.jsonl") if "validation_loss" in row]
     learned = "no validation pictures, so no validation loss"

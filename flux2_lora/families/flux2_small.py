@@ -50,7 +50,8 @@ class Flux2Small:
         }
         if not folder.is_dir():
             raise UserError(
-                f"model.path={folder} is not a folder", "give the Diffusers folder of a flux2_small model, or model=tiny"
+                f"model.path={folder} is not a folder",
+                "give the Diffusers folder of a flux2_small model, or model=tiny",
             )
         absent = [part for part in parts if not (folder / part).is_dir()]
         absent += [
@@ -157,7 +158,8 @@ def _statistics(vae: nn.Module) -> tuple[Tensor, Tensor, float]:
     config: Any = vae.config
     norm = vae.get_submodule("bn")
     mean, var = norm.running_mean, norm.running_var
-    assert isinstance(mean, Tensor) and isinstance(var, Tensor)
+    assert isinstance(mean, Tensor)
+    assert isinstance(var, Tensor)
     return mean, var, float(config.batch_norm_eps)
 
 

@@ -79,7 +79,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class CachedSamples(Dataset[Sample]):
-    """Encoded pictures with their captions; a mirrored version, where there is one, is drawn by (seed, epoch, picture)."""
+    """Encoded pictures with their captions; the mirrored version, if any, is drawn by (seed, epoch, picture)."""
 
     encoder: Encoder
     records: Sequence[Record]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
+from typing import Self
 
 
 class Interrupt:
@@ -13,7 +14,7 @@ class Interrupt:
         self.signal = 0
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> Interrupt:
+    def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._remember)
         return self
@@ -23,7 +24,7 @@ class Interrupt:
     ) -> None:
         self._restore()
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
         self._restore()
 

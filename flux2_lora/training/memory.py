@@ -17,6 +17,4 @@ class MemorySpec:
 
     def checkpointing(self, device: torch.device) -> bool:
         """Whether blocks are recomputed on this device."""
-        return self.gradient_checkpointing == "on" or (
-            self.gradient_checkpointing == "auto" and device.type != "cpu"
-        )
+        return self.gradient_checkpointing == "on" or (self.gradient_checkpointing == "auto" and device.type != "cpu")

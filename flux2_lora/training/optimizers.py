@@ -30,9 +30,11 @@ def make_optimizer(spec: OptimizerSpec, parameters: Sequence[nn.Parameter]) -> t
     if spec.kind == "adamw":
         return torch.optim.AdamW(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[attr-defined]
     except ImportError as error:
-        raise UserError("optimizer=adamw8bit needs bitsandbytes", "pip install bitsandbytes, or optimizer=adamw") from error
+        raise UserError(
+            "optimizer=adamw8bit needs bitsandbytes", "pip install bitsandbytes, or optimizer=adamw"
+        ) from error
     eight_bit: torch.optim.Optimizer = AdamW8bit(parameters, lr=spec.lr, weight_decay=spec.weight_decay)
     return eight_bit
 

@@ -84,9 +84,7 @@ def restore(checkpoint: Checkpoint, transformer: nn.Module, optimizer: torch.opt
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
     return {
-        f"{index}.{key}": torch.as_tensor(value)
-        for index, moments in state.items()
-        for key, value in moments.items()
+        f"{index}.{key}": torch.as_tensor(value) for index, moments in state.items() for key, value in moments.items()
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def batches(samples: Dataset[Sample], order: Sequence[Sequence[int]], workers: int) -> Iterator[Batch]:
+def batches(samples: Dataset[Sample], order: Sequence[Sequence[Any]], workers: int) -> Iterator[Batch]:
     """The batches named by `order`, in that order, whatever the number of worker processes."""
     loader = DataLoader(samples, batch_sampler=[list(b) for b in order], num_workers=workers, collate_fn=collate)
     yield from loader

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
@@ -33,7 +33,7 @@ class Metrics:
 
     def __init__(self, path: Path, spec: LoggerSpec, *, name: str, config: Mapping[str, Any], resumed_at: int) -> None:
         self.path = path
-        kept = [row for row in read_metrics(path) if 0 < resumed_at and row["step"] <= resumed_at]
+        kept = [row for row in read_metrics(path) if resumed_at > 0 and row["step"] <= resumed_at]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._wandb: Any = None
         if spec.kind == "wandb":
@@ -80,7 +80,7 @@ class StepBar:
         self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=console)
         self._task: TaskID = self._bar.add_task("", total=total, completed=done, text="", visible=self.live)
 
-    def __enter__(self) -> StepBar:
+    def __enter__(self) -> Self:
         if self.live:
             self._bar.start()
         return self

@@ -57,7 +57,7 @@ def validate(
     for sample in samples:
         groups.setdefault(tuple(sample.latents.shape), []).append(sample)
     parts = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
-    losses = {sigma: 0.0 for sigma in sigmas}
+    losses = dict.fromkeys(sigmas, 0.0)
     for part in parts:
         batch = collate(part)
         noise = torch.stack([_noise_of(sample) for sample in part]).to(device)
