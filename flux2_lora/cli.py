@@ -28,7 +28,7 @@ PROGRAMS = {
     "prepare": Program(file="data/prepare.py", does="fill the latent and text caches of a folder of pictures"),
     "inspect": Program(file="data/look.py", does="dry run on a folder: buckets, captions, a contact sheet"),
     "sample": Program(file="scripts/sample.py", does="grids of pictures from prompts, by adapters and strengths"),
-    "edit": Program(file="scripts/edit.py", does="inpaint, outpaint, image to image, upscale"),
+    "edit": Program(file="scripts/edit.py", does="inpaint, outpaint, image to image"),
     "export": Program(
         file="scripts/export.py", does="one file for ComfyUI, Forge or Diffusers, verified after writing"
     ),

@@ -126,7 +126,13 @@ def _assign(node: DictConfig, schema: type, name: str, value: Any, prefix: str) 
 
 
 def _described(wanted: str) -> str:
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    words = {
+        "list": "a list such as [a,b]",
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "a text",
+    }
     return next((text for kind, text in words.items() if kind in wanted.lower()), f"a value of type {wanted}")
 
 
@@ -154,7 +160,7 @@ def _unknown_option(text: str, overrides: list[str], known: list[str]) -> UserEr
         name = override.lstrip("+~").split("=")[0]
         if name not in known and not any(key.startswith(f"{name}.") for key in known):
             near = get_close_matches(name, known, n=1, cutoff=0.6)
-            near = near or [key for key in known if _near_leaf(name, key)]
+            near = near or sorted((key for key in known if _near_leaf(name, key)), key=lambda key: key.count("."))
             hint = f"did you mean {near[0]}?" if near else "flux2-lora COMMAND --cfg job lists the options"
             return UserError(f"{name} is not an option", hint)
     return UserError(text.splitlines()[0], "write options as name=value; put quotes around values with , = { } [ ]")
@@ -192,7 +198,6 @@ def _literal(argument: str, schema: type) -> str:
 
 def _is_text(schema: type, path: list[str]) -> bool:
     kind: Any = typing.get_type_hints(schema).get(path[0])
-    kinds = set(typing.get_args(kind) or [kind]) - {type(None)}
     if len(path) > 1:
-        return any(dataclasses.is_dataclass(k) and _is_text(typing.cast("type", k), path[1:]) for k in kinds)
-    return kinds == {str}
+        return dataclasses.is_dataclass(kind) and _is_text(typing.cast("type", kind), path[1:])
+    return kind is str or kind == (str | None)

@@ -447,13 +447,17 @@ def bundle(work: Path) -> None:
 
     pipeline = Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=256),
-        vae=AutoencoderKLFlux2.from_pretrained(work / "vae", torch_dtype=torch.bfloat16),
+        vae=AutoencoderKLFlux2.from_pretrained(work / "vae", dtype=torch.bfloat16),
         text_encoder=T5EncoderModel.from_pretrained(work / "text_encoder", dtype=torch.bfloat16),
         tokenizer=AutoTokenizer.from_pretrained(work / "tokenizer"),
-        transformer=Flux2Transformer2DModel.from_pretrained(work / "transformer", torch_dtype=torch.bfloat16),
+        transformer=Flux2Transformer2DModel.from_pretrained(work / "transformer", dtype=torch.bfloat16),
         is_distilled=False,
     )
     pipeline.save_pretrained(HERE / "data" / "tiny")
+    for config in (HERE / "data" / "tiny").glob("*/config.json"):
+        values = json.loads(config.read_text())
+        values.pop("_name_or_path", None)
+        config.write_text(json.dumps(values, indent=2) + "\n")
     size = sum(file.stat().st_size for file in (HERE / "data" / "tiny").rglob("*") if file.is_file())
     print(f"data/tiny: {size / 1e6:.2f} MB")
     if size > 20e6:

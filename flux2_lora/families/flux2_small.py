@@ -79,22 +79,25 @@ class Flux2Small:
     def load_transformer(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         from diffusers import Flux2Transformer2DModel
 
+        _no_progress_bars()
         transformer: nn.Module = Flux2Transformer2DModel.from_pretrained(
-            folder, subfolder="transformer", torch_dtype=dtype, local_files_only=True
+            folder, subfolder="transformer", dtype=dtype, local_files_only=True
         )
         return transformer.eval()
 
     def load_vae(self, folder: Path, device: torch.device) -> nn.Module:
         from diffusers import AutoencoderKLFlux2
 
+        _no_progress_bars()
         vae: nn.Module = AutoencoderKLFlux2.from_pretrained(
-            folder, subfolder="vae", torch_dtype=torch.float32, local_files_only=True
+            folder, subfolder="vae", dtype=torch.float32, local_files_only=True
         )
         return vae.requires_grad_(False).eval().to(device)
 
     def load_prompt_encoder(self, folder: Path, device: torch.device) -> PromptEncoder:
         from transformers import AutoTokenizer, T5EncoderModel
 
+        _no_progress_bars()
         tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         encoder: Any = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True)
@@ -151,6 +154,15 @@ class Flux2Small:
 
     def inference_mu(self, tokens: int, steps: int) -> float:
         return empirical_mu(tokens, steps)
+
+
+def _no_progress_bars() -> None:
+    """Loading is quick here; the bars of both libraries would stand between the lines of a run."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _statistics(vae: nn.Module) -> tuple[Tensor, Tensor, float]:

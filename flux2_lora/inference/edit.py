@@ -55,7 +55,8 @@ def soften(mask: Image.Image, feather_px: int) -> Image.Image:
 def extend(picture: Image.Image, border: Border) -> tuple[Image.Image, Image.Image]:
     """A larger canvas whose edges repeat the picture's, and the mask (255 = new) of what is to be painted."""
     pad = ((border.top, border.bottom), (border.left, border.right))
-    canvas = np.pad(np.asarray(picture), (*pad, (0, 0)), mode="edge")
+    values = np.asarray(picture)
+    canvas = np.pad(values, (*pad, (0, 0)) if values.ndim == 3 else pad, mode="edge")
     mask = np.pad(np.zeros((picture.height, picture.width), dtype="uint8"), pad, constant_values=255)
     return Image.fromarray(canvas), Image.fromarray(mask)
 

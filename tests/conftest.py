@@ -1,0 +1,55 @@
+"""The bundled model and picture set, loaded once, and a real transformer small enough to be built at random."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flux2_lora.families import ModelFamily, load_family
+from flux2_lora.files import share
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Sums come in the same order on any machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    return share() / "data" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def family() -> ModelFamily:
+    return load_family("flux2_small")
+
+
+@pytest.fixture
+def transformer() -> nn.Module:
+    """A real Flux2Transformer2DModel with random weights: 1 double and 2 single blocks of 2 heads of 16."""
+    from diffusers import Flux2Transformer2DModel
+
+    torch.manual_seed(0)
+    model: nn.Module = Flux2Transformer2DModel(
+        in_channels=128,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    return model.eval()

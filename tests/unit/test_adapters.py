@@ -1,0 +1,141 @@
+"""Laws of the adapters: all targets, only they learn, strength 0 is the base, a file comes back as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flux2_lora import adapters
+from flux2_lora.adapters import Adapter, AdapterSpec, attach, attach_trained, projections, set_strengths, state_of
+from flux2_lora.conditioning import Conditioning
+from flux2_lora.errors import UserError
+from flux2_lora.families import ModelFamily
+from flux2_lora.files import tensors_digest
+from flux2_lora.flow import TimestepSpec
+from flux2_lora.quantize import PrecisionSpec, freeze
+from flux2_lora.training.step import Batch, training_loss
+
+SPEC = AdapterSpec(rank=4, alpha=8)
+
+
+def batch() -> Batch:
+    noise = torch.Generator().manual_seed(0)
+    embeds = torch.randn(2, 5, 24, generator=noise)
+    latents = torch.randn(2, 128, 2, 3, generator=noise)
+    return Batch(latents=latents, conditioning=Conditioning(embeds=embeds), keys=("a", "b"))
+
+
+def loss_of(family: ModelFamily, transformer: nn.Module, step: int = 0) -> Tensor:
+    return training_loss(family, transformer, batch(), TimestepSpec(), seed=0, step=step)
+
+
+def filled(transformer: nn.Module) -> None:
+    """Give the up matrices values, as training would."""
+    for _, layer in adapters.lora_layers(transformer):
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+
+
+def velocity(family: ModelFamily, transformer: nn.Module) -> Tensor:
+    data = batch()
+    with torch.no_grad():
+        return family.velocity(transformer, data.latents, torch.tensor([0.3, 0.7]), data.conditioning)
+
+
+def test_every_projection_of_the_model_is_targeted(family: ModelFamily, transformer: nn.Module) -> None:
+    freeze(transformer, PrecisionSpec())
+    there = projections(transformer)
+    assert attach(transformer, family, SPEC, seed=0) == there == 16
+    assert projections(transformer) == there
+
+
+@pytest.mark.parametrize(("targets", "count"), [(["attention"], 8 + 4), (["mlp"], 4 + 4)])
+def test_a_group_targets_its_projections_and_the_fused_ones(
+    family: ModelFamily, transformer: nn.Module, targets: list[str], count: int
+) -> None:
+    assert attach(transformer, family, AdapterSpec(rank=2, targets=targets), seed=0) == count
+
+
+def test_only_adapters_receive_gradients_and_each_of_them_does(family: ModelFamily, transformer: nn.Module) -> None:
+    freeze(transformer, PrecisionSpec())
+    attach(transformer, family, SPEC, seed=0)
+    filled(transformer)
+    loss_of(family, transformer).backward()
+    learning = {name for name, p in transformer.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert learning == {name for name, _ in transformer.named_parameters() if ".lora_" in name}
+    assert len(learning) == 2 * 16
+
+
+def test_training_changes_no_byte_of_the_base(family: ModelFamily, transformer: nn.Module) -> None:
+    freeze(transformer, PrecisionSpec())
+    attach(transformer, family, SPEC, seed=0)
+    base = {k: v for k, v in transformer.state_dict().items() if ".lora_" not in k}
+    before = tensors_digest({k: v.clone() for k, v in base.items()})
+    optimizer = torch.optim.AdamW(adapters.trainable(transformer), lr=1e-2)
+    for step in range(3):
+        loss_of(family, transformer, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert tensors_digest({k: v for k, v in transformer.state_dict().items() if ".lora_" not in k}) == before
+
+
+def test_strength_zero_is_the_base_bit_for_bit_and_one_is_not(family: ModelFamily, transformer: nn.Module) -> None:
+    freeze(transformer, PrecisionSpec())
+    base = velocity(family, transformer)
+    attach(transformer, family, SPEC, seed=0)
+    filled(transformer)
+    adapted = velocity(family, transformer)
+    set_strengths(transformer, {"default": 0.0})
+    assert torch.equal(velocity(family, transformer), base)
+    set_strengths(transformer, {"default": 1.0})
+    assert torch.equal(velocity(family, transformer), adapted)
+    assert not torch.allclose(adapted, base, atol=1e-3)
+
+
+def test_a_fresh_adapter_is_a_function_of_its_seed(family: ModelFamily, transformer: nn.Module) -> None:
+    attach(transformer, family, SPEC, seed=3)
+    torch.manual_seed(99)
+    from copy import deepcopy
+
+    again = deepcopy(transformer)
+    for path, layer in adapters.lora_layers(again):
+        down = layer.lora_A["default"].weight
+        expected = torch.empty(down.shape).uniform_(
+            -(down.shape[1] ** -0.5), down.shape[1] ** -0.5, generator=adapters.generator(3, "adapter", path)
+        )
+        assert torch.equal(down, expected)
+
+
+def test_a_saved_adapter_draws_the_same_when_it_is_read(
+    family: ModelFamily, transformer: nn.Module, tmp_path: Path
+) -> None:
+    from copy import deepcopy
+
+    bare = deepcopy(transformer)
+    attach(transformer, family, SPEC, seed=0)
+    filled(transformer)
+    saved = Adapter(state=state_of(transformer), rank=4, alpha=8, targets=SPEC.targets, family=family.name)
+    adapters.save_adapter(tmp_path / adapters.WEIGHTS, saved)
+    names = attach_trained(bare, family, [str(tmp_path)])
+    set_strengths(bare, dict.fromkeys(names, 1.0))
+    assert torch.equal(velocity(family, bare), velocity(family, transformer))
+
+
+def test_an_adapter_of_another_family_is_refused_by_name(
+    family: ModelFamily, transformer: nn.Module, tmp_path: Path
+) -> None:
+    other = Adapter(state={"x": torch.zeros(1)}, rank=4, alpha=4, targets=["mlp"], family="flux1")
+    adapters.save_adapter(tmp_path / adapters.WEIGHTS, other)
+    with pytest.raises(UserError, match="of the family flux1, the model is of flux2_small"):
+        attach_trained(transformer, family, [str(tmp_path)])
+
+
+def test_tensors_that_do_not_fit_are_named(family: ModelFamily, transformer: nn.Module) -> None:
+    attach(transformer, family, SPEC, seed=0)
+    state = state_of(transformer)
+    name = next(iter(state))
+    state[name] = state[name][:, :3]
+    with pytest.raises(UserError, match="1 of 32 tensors differ"):
+        adapters.load_state(transformer, state, source="file")
