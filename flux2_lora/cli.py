@@ -6,18 +6,20 @@ a misspelt command does not cost the seconds of a start.
 
 from __future__ import annotations
 
+import ast
 import runpy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flux2_lora import __version__
+from flux2_lora.bundled import share
 from flux2_lora.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A file below `files.share()`, and what it does in one line."""
+    """A file below `bundled.share()`, and what it does in one line."""
 
     file: str
     does: str
@@ -42,6 +44,7 @@ Train a personal-style LoRA for a Flux.2-class model on a small GPU, and export 
 commands:
 {commands}
 
+flux2-lora COMMAND --help      says what a command does and names its options.
 flux2-lora COMMAND --cfg job   prints every option of a command with its value.
 flux2-lora --version           prints the version.
 With no options every command runs on the bundled tiny model and picture set, on a CPU.
@@ -55,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_HELP.format(commands=_listing()), end="")
     elif command in ("-V", "--version"):
         print(f"flux2-lora {__version__}")
+    elif command in PROGRAMS and {"-h", "--help"} & set(overrides):
+        print(_explained(command))
     elif command in PROGRAMS:
         _run(PROGRAMS[command], overrides)
     else:
@@ -68,10 +73,15 @@ def _listing() -> str:
     return "\n".join(f"  {name:{widest}}  {program.does}" for name, program in PROGRAMS.items())
 
 
-def _run(program: Program, overrides: Sequence[str]) -> None:
-    # files imports torch, which takes seconds; help and refusals do without.
-    from flux2_lora.files import share
+def _explained(command: str) -> str:
+    """The program's own first words and its page of options, read as text: nothing is imported."""
+    program = (share() / PROGRAMS[command].file).read_text(encoding="utf-8")
+    page = (share() / "configs" / f"{command}.yaml").read_text(encoding="utf-8")
+    options = page.partition("# Run folders are")[0].strip()
+    return f"{ast.get_docstring(ast.parse(program))}\n\nOptions (configs/{command}.yaml):\n\n{options}"
 
+
+def _run(program: Program, overrides: Sequence[str]) -> None:
     path = str(share() / program.file)
     sys.argv = [path, *overrides]
     runpy.run_path(path, run_name="__main__")

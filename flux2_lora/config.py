@@ -21,8 +21,9 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flux2_lora.bundled import share
 from flux2_lora.errors import UserError, did_you_mean, listed
-from flux2_lora.files import share, write_text
+from flux2_lora.files import write_text
 from flux2_lora.options import check
 
 Spec = TypeVar("Spec")

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, content hashes, and where the bundled files lie.
+"""Files that are whole or absent: atomic writes and content hashes.
 
 Law: a reader never sees half of a file. Everything is written beside its place, flushed to the disk and renamed.
 """
@@ -14,13 +14,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from torch import Tensor
-
-
-def share() -> Path:
-    """The folder that holds configs/, data/, train/ and scripts/: the checkout, or flux2_lora/share of a wheel."""
-    package = Path(__file__).parent
-    installed = package / "share"
-    return installed if installed.is_dir() else package.parent
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from flux2_lora.bundled import share
 from flux2_lora.families import ModelFamily, load_family
-from flux2_lora.files import share
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from flux2_lora.files import share
+from flux2_lora.bundled import share
 from tests.programs.conftest import Command
 
 QUICK = ("steps=2", "device=cpu")

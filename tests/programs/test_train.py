@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from flux2_lora.training.tracking import StepBar
 from tests.programs.conftest import SHORT, Command
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "train_losses.json"
@@ -99,3 +103,22 @@ def test_accumulated_small_batches_learn_from_as_many_pictures(command: Command)
     options = [option for option in SHORT if not option.startswith("batch_size")]
     assert command("train", *options, "batch_size=2", "grad_accumulation=2", "name=small", "max_steps=1").code == 0
     assert len([row for row in rows_of(Path("outputs/small")) if "loss" in row]) == 1
+
+
+def test_sigterm_ends_the_run_after_a_checkpoint_to_go_on_from(
+    trained: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = StepBar.update
+
+    def update(bar: StepBar, step: int, **values: Any) -> None:
+        shown(bar, step, **values)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StepBar, "update", update)
+        stopped = command("train", *SHORT, "name=stopped")
+    assert stopped.code == 128 + signal.SIGTERM
+    assert "stopped after step 2" in stopped.out
+    assert command("train", *SHORT, "name=stopped").code == 0
+    assert same(adapter_of(Path("outputs/stopped"), 4), adapter_of(trained, 4))

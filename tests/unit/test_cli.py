@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flux2_lora import __version__, cli, files
+from flux2_lora import __version__, bundled, cli
 
 # What costs the seconds of a start; each is imported by the programs.
 HEAVY = {"torch", "numpy", "hydra", "omegaconf", "diffusers", "transformers", "peft", "accelerate", "PIL"}
@@ -21,7 +21,7 @@ print(code, time.process_time(), *{name.partition(".")[0] for name in sys.module
 """
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["trian"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["trian"], ["train", "--help"]], ids=" ".join)
 def test_help_version_and_refusals_take_less_than_half_a_second_and_import_nothing_heavy(arguments: list[str]) -> None:
     asked = subprocess.run([sys.executable, "-c", ASK, *arguments], capture_output=True, text=True, check=True)
     _, seconds, *modules = asked.stderr.splitlines()[-1].split()
@@ -67,7 +67,7 @@ def test_an_option_in_place_of_a_command_is_answered_with_the_list(capsys: pytes
 def share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A share folder whose train program does what the test writes into it."""
     (tmp_path / "train").mkdir()
-    monkeypatch.setattr(files, "share", lambda: tmp_path)
+    monkeypatch.setattr(cli, "share", lambda: tmp_path)
     monkeypatch.setattr(sys, "argv", ["flux2-lora"])
     return tmp_path
 
@@ -88,4 +88,4 @@ def test_the_exit_code_of_a_program_is_that_of_the_command(share: Path) -> None:
 
 @pytest.mark.parametrize("name", cli.PROGRAMS)
 def test_every_command_has_its_program(name: str) -> None:
-    assert (files.share() / cli.PROGRAMS[name].file).is_file()
+    assert (bundled.share() / cli.PROGRAMS[name].file).is_file()
