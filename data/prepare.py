@@ -15,7 +15,7 @@ from flux2_lora.buckets import assign
 from flux2_lora.config import program
 from flux2_lora.dataset import DatasetSpec, preview_prompts, scan, scan_validation
 from flux2_lora.devices import pick_device
-from flux2_lora.families import ModelSpec, load_family
+from flux2_lora.families import ModelSpec, open_model
 from flux2_lora.options import option
 from flux2_lora.training.encoding import Encoder, encode_samples
 from flux2_lora.training.tracking import console
@@ -34,18 +34,17 @@ class PrepareConfig:
 
 @program("prepare")
 def main(config: PrepareConfig) -> None:
-    device = pick_device(config.device)
-    family, model = load_family(config.model.family), Path(config.model.path).expanduser()
-    family.check(model)
+    device, model = pick_device(config.device), open_model(config.model)
     found = scan(config.dataset)
     training, validation = scan_validation(config.dataset, found, config.seed)
     for name, reason in found.skipped:
         console.print(f"skipped {name}: {reason}")
-    encoder = Encoder(family, model, Path(config.output_dir).expanduser() / "cache", device)
+    encoder = Encoder(model, Path(config.output_dir).expanduser() / "cache", device)
+    captions = [record.caption for record in (*training, *validation)]
+    encoder.encode_texts([*captions, "", *preview_prompts(config.dataset)])  # together: each layer is read once
     for records in (training, validation):
-        sizes = assign([(r.width, r.height) for r in records], config.dataset.resolution, family.pixels_per_token)
+        sizes = assign([(r.width, r.height) for r in records], config.dataset.resolution, model.family.pixels_per_token)
         encode_samples(encoder, records, sizes, flip=config.dataset.flip, seed=config.seed)
-    encoder.encode_texts(["", *preview_prompts(config.dataset)])
     console.print(
         f"{len(training)} pictures to train on and {len(validation)} to validate with are in {encoder.folder}"
     )

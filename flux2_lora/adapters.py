@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -26,18 +25,28 @@ from flux2_lora.errors import UserError, listed
 from flux2_lora.families import ModelFamily
 from flux2_lora.files import write_tensors
 from flux2_lora.flow import generator
+from flux2_lora.networks.transformers import block_linears
 from flux2_lora.options import option
+from flux2_lora.targets import resolve
+
+if TYPE_CHECKING:  # importing PEFT takes seconds, which a refused command should not cost
+    from peft.tuners.lora import LoraLayer
 
 WEIGHTS = "adapter.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSpec:
-    """rank of B A; alpha (scale is alpha / rank; null means alpha = rank); groups of projections to adapt."""
+    """rank of B A; alpha (scale is alpha / rank; null means alpha = rank); groups as flux2_lora.targets reads them."""
 
     rank: int = option(16, at_least=1, at_most=1024)
     alpha: float | None = option(None, above=0)
     targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,35 +61,41 @@ class Adapter:
     trigger_word: str | None = None
 
 
-def attach(transformer: nn.Module, family: ModelFamily, spec: AdapterSpec, *, seed: int, name: str = "default") -> int:
-    """Wrap the targeted Linears of `transformer`; returns how many. RuntimeError when PEFT missed one."""
-    alpha = spec.rank if spec.alpha is None else spec.alpha
-    pattern = family.target_modules(spec.targets)
-    config = LoraConfig(r=spec.rank, lora_alpha=alpha, target_modules=pattern, bias="none")  # type: ignore[arg-type]
+def attach(transformer: nn.Module, architecture: str, spec: AdapterSpec, *, seed: int, name: str = "default") -> int:
+    """Wrap the targeted Linears of `transformer`; returns how many. RuntimeError when PEFT missed one.
+
+    A group with a rank of its own keeps the scale alpha / rank of the rest.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    ranks = resolve(spec.targets, architecture, block_linears(transformer), spec.rank)
+    own = {f"^{re.escape(module)}": group for module, group in ranks.items() if group != spec.rank}
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.scale * spec.rank,  # type: ignore[arg-type]
+        target_modules="|".join(map(re.escape, ranks)),
+        rank_pattern=own,
+        alpha_pattern={pattern: spec.scale * group for pattern, group in own.items()},
+        bias="none",
+    )
     inject_adapter_in_model(config, transformer, adapter_name=name)
-    for path, layer in lora_layers(transformer):
+    wrapped = {path: layer for path, layer in lora_layers(transformer) if name in layer.lora_A}
+    if wrapped.keys() != ranks.keys():
+        raise RuntimeError(f"PEFT wrapped {len(wrapped)} modules where {len(ranks)} were targeted")
+    for path, layer in wrapped.items():
         down, up = cast("nn.Linear", layer.lora_A[name]), cast("nn.Linear", layer.lora_B[name])
         bound = 1 / math.sqrt(down.in_features)
         start = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=generator(seed, "adapter", path))
         device = next(layer.get_base_layer().buffers(), next(layer.get_base_layer().parameters(), start)).device
         down.weight = nn.Parameter(start.to(device))
         up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device))
-    return sum(1 for _, layer in lora_layers(transformer) if name in layer.lora_A)
-
-
-def projections(transformer: nn.Module) -> int:
-    """How many Linears the blocks hold: the N of "N of N". Blocks are the members of the model's ModuleLists."""
-
-    def count(module: nn.Module) -> int:
-        if isinstance(module, nn.Linear | LoraLayer):
-            return 1
-        return sum(count(child) for child in module.children())
-
-    return sum(count(child) for child in transformer.children() if isinstance(child, nn.ModuleList))
+    return len(wrapped)
 
 
 def lora_layers(transformer: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """(module name, layer) of every wrapped Linear, in the model's order."""
+    from peft.tuners.lora import LoraLayer
+
     for path, module in transformer.named_modules():
         if isinstance(module, LoraLayer):
             yield path, module
@@ -104,12 +119,16 @@ def set_strengths(transformer: nn.Module, strengths: Mapping[str, float]) -> Non
 
 def state_of(transformer: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names, on the CPU, float32."""
+    from peft import get_peft_model_state_dict
+
     state = get_peft_model_state_dict(transformer, adapter_name=name)
     return {key: tensor.detach().float().cpu().clone() for key, tensor in state.items()}
 
 
 def load_state(transformer: nn.Module, state: Mapping[str, Tensor], *, source: str, name: str = "default") -> None:
     """Put tensors into an attached adapter; UserError with names when any is missing, unknown or mis-shaped."""
+    from peft import set_peft_model_state_dict
+
     there = state_of(transformer, name)
     wrong = sorted(there.keys() ^ state.keys()) + sorted(
         key for key in there.keys() & state.keys() if there[key].shape != state[key].shape
@@ -186,7 +205,7 @@ def attach_trained(transformer: nn.Module, family: ModelFamily, places: Sequence
             )
         name = f"adapter{index}"
         spec = AdapterSpec(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
-        attach(transformer, family, spec, seed=0, name=name)
+        attach(transformer, family.architecture, spec, seed=0, name=name)
         load_state(transformer, adapter.state, source=place, name=name)
         names.append(name)
     return names

@@ -30,6 +30,7 @@ from flux2_lora.keys import bfl_of, is_target, kohya_of, members_of
 # 2u + u^2 with u = 2^-8 (bf16) or 2^-11 (fp16). An update at the wrong strength is off by far more than that.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.1 * 2**-8, torch.float16: 2.1 * 2**-11}
 
+_REPOSITORIES = {"flux1": "flux", "flux2": "flux2"}
 _HALVES = (".lora_A.weight", ".lora_B.weight")
 _REMEDY = "give a run of this program (adapter=outputs/<name>) or one of its checkpoints"
 _ROWS_AT_ONCE = 2048  # of an update in float64: 2048 x 6144 is 100 MB, the whole of a 6144-wide linear1 is 2.7 GB
@@ -58,7 +59,8 @@ class Proof:
 def modules_of(state: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, LoraWeights]:
     """Pair PEFT's tensors <module>.lora_A.weight [r in] and <module>.lora_B.weight [out r] by module.
 
-    Raises UserError for other tensors, a missing half, shapes that are no pair of `rank`, and values not finite.
+    Groups may have ranks of their own; alpha / rank is the scale of all. Raises UserError for other tensors, a missing
+    half, shapes that are no pair, and values not finite.
     """
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
@@ -70,8 +72,8 @@ def modules_of(state: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str
         module: LoraWeights(down=halves["A.weight"], up=halves["B.weight"], scale=alpha / rank)
         for module, halves in factors.items()
     }
-    mismatched = [module for module, lora in modules.items() if not _is_pair(lora, rank)]
-    _refuse(f"pairs other than [{rank} in] and [out {rank}] of", mismatched)
+    mismatched = [module for module, lora in modules.items() if not _is_pair(lora)]
+    _refuse("pairs other than [rank in] and [out rank] of", mismatched)
     infinite = [key for key, tensor in state.items() if not tensor.isfinite().all()]
     _refuse(
         "values that are not finite in", infinite, "export an earlier checkpoint, and train with a lower optimizer.lr"
@@ -89,7 +91,7 @@ def universal(modules: Mapping[str, LoraWeights], architecture: str, dtype: torc
     """
     tensors = {}
     for weight in _weights_of(modules, architecture):
-        down, up = _fused(modules, members_of(architecture, weight))
+        down, up = _fused(modules, architecture, members_of(architecture, weight))
         name = kohya_of(weight)
         tensors[f"{name}.lora_down.weight"] = down.to(dtype)
         tensors[f"{name}.lora_up.weight"] = up.to(dtype)
@@ -131,7 +133,10 @@ def prove(path: Path, modules: Mapping[str, LoraWeights], architecture: str) -> 
     weights = _weights_of(modules, architecture)
     names = len(file) + strays
     compare = cache(_compared)  # most weights reach all clients uncut, and each comparison forms the whole update
-    proofs = [_proof(client, read(file, weights), names, modules, weights, compare) for client, read in CLIENTS.items()]
+    proofs = [
+        _proof(client, read(file, weights, _GRAMMARS[architecture]), names, modules, weights, compare)
+        for client, read in CLIENTS.items()
+    ]
     if any(proof.matched != proof.total for proof in proofs):
         path.unlink()
         raise RuntimeError(f"{path.name} did not carry the adapter and was removed:\n{table(proofs)}")
@@ -156,7 +161,7 @@ def header(
     date: str,
     resolution: tuple[int, int],
     trigger_phrase: str | None = None,
-    implementation: str = "https://github.com/black-forest-labs/flux2",
+    architecture: str = "flux2",
 ) -> dict[str, str]:
     """ModelSpec 1.0.1 and the kohya keys that clients show; the hash is added when the tensors are known.
 
@@ -170,7 +175,7 @@ def header(
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{model}/lora",
-        "modelspec.implementation": implementation,
+        "modelspec.implementation": f"https://github.com/black-forest-labs/{_REPOSITORIES[architecture]}",
         "modelspec.title": title,
         "modelspec.date": date,
         "modelspec.resolution": f"{width}x{height}",
@@ -192,18 +197,31 @@ def _weights_of(modules: Mapping[str, LoraWeights], architecture: str) -> dict[s
     return {weight: members_of(architecture, weight) for weight in weights}
 
 
-def _fused(modules: Mapping[str, LoraWeights], members: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """(down [k r in], up [rows k r]) of k members: downs stacked, scaled ups on a block diagonal; exact.
+def _fused(modules: Mapping[str, LoraWeights], architecture: str, members: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(down [sum of ranks, in], up [rows, sum of ranks]) of a weight's members; exact.
 
-    A member without adapter keeps blocks of zeros: so k r is one number, and Diffusers cuts it back to r.
+    Downs are stacked, scaled ups stand on a block diagonal. A member without adapter keeps blocks of zeros, as wide as
+    the first trained one: where all ranks are equal, Diffusers cuts the weight back into pairs of that rank.
     """
-    trained = [modules[member] for member in members if member in modules]
-    if len({(lora.down.shape, lora.up.shape) for lora in trained}) > 1:
+    parts = {member: bfl_of(architecture, member) for member in members}
+    shares = {member: place.stop - place.start for member, place in parts.items()}
+    trained = {member: modules[member] for member in members if member in modules}
+    first, lora = next(iter(trained.items()))
+    unit = lora.up.shape[0] // shares[first]
+    if any(
+        m.up.shape[0] != unit * shares[name] or m.down.shape[1] != lora.down.shape[1] for name, m in trained.items()
+    ):
         raise UserError(f"the adapter's tensors differ in shape between {listed(members)}", _REMEDY)
-    blank = LoraWeights(down=torch.zeros_like(trained[0].down), up=torch.zeros_like(trained[0].up), scale=0.0)
-    rows = [modules.get(member, blank) for member in members]
-    down = torch.cat([lora.down.float() for lora in rows])
-    return down, torch.block_diag(*(lora.scale * lora.up.float() for lora in rows))
+    rank = lora.down.shape[0]
+    blank = {
+        member: LoraWeights(
+            down=torch.zeros_like(lora.down), up=torch.zeros(unit * share, rank, dtype=lora.up.dtype), scale=0.0
+        )
+        for member, share in shares.items()
+    }
+    rows = [trained.get(member) or blank[member] for member in members]
+    down = torch.cat([part.down.float() for part in rows])
+    return down, torch.block_diag(*(part.scale * part.up.float() for part in rows))
 
 
 def _refuse(what: str, names: Sequence[str], remedy: str = _REMEDY) -> None:
@@ -211,8 +229,8 @@ def _refuse(what: str, names: Sequence[str], remedy: str = _REMEDY) -> None:
         raise UserError(f"the adapter holds {what} {listed(names, 3)}", remedy)
 
 
-def _is_pair(lora: LoraWeights, rank: int) -> bool:
-    return lora.down.ndim == lora.up.ndim == 2 and lora.down.shape[0] == lora.up.shape[1] == rank
+def _is_pair(lora: LoraWeights) -> bool:
+    return lora.down.ndim == lora.up.ndim == 2 and lora.down.shape[0] == lora.up.shape[1] > 0
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:
@@ -298,49 +316,76 @@ def _size(lora: LoraWeights) -> tuple[int, int]:
     return lora.up.shape[0], lora.down.shape[1]
 
 
-# How clients read kohya's names of a Flux.2 file: our table of their grammar, after ComfyUI 0.29, Forge Neo (2026-02),
-# Diffusers 0.42 and InvokeAI 6.14. None of their code runs here, and nothing here leans on `kohya_of`.
+# How clients read kohya's names: our table of their grammar, after ComfyUI 0.29, Forge Neo (2026-02), Diffusers 0.42
+# and InvokeAI 6.14. None of their code runs here, and nothing here leans on `kohya_of` or on the loader's table.
 
 File = Mapping[str, LoraWeights]
 Reading = dict[str, dict[str, LoraWeights]]
+Grammar = Mapping[str, Mapping[str, int]]
+"""Name in the file -> the Linears that it feeds, each with its share of the rows."""
 
-_CONVERTED: Mapping[str, tuple[str, ...]] = {
-    "double_blocks_*_img_attn_qkv": tuple(f"transformer_blocks.*.attn.to_{part}" for part in "qkv"),
-    "double_blocks_*_txt_attn_qkv": tuple(f"transformer_blocks.*.attn.add_{part}_proj" for part in "qkv"),
-    "double_blocks_*_img_attn_proj": ("transformer_blocks.*.attn.to_out.0",),
-    "double_blocks_*_txt_attn_proj": ("transformer_blocks.*.attn.to_add_out",),
-    "double_blocks_*_img_mlp_0": ("transformer_blocks.*.ff.linear_in",),
-    "double_blocks_*_img_mlp_2": ("transformer_blocks.*.ff.linear_out",),
-    "double_blocks_*_txt_mlp_0": ("transformer_blocks.*.ff_context.linear_in",),
-    "double_blocks_*_txt_mlp_2": ("transformer_blocks.*.ff_context.linear_out",),
-    "single_blocks_*_linear1": ("single_transformer_blocks.*.attn.to_qkv_mlp_proj",),
-    "single_blocks_*_linear2": ("single_transformer_blocks.*.attn.to_out",),
+
+def _thirds(pattern: str) -> dict[str, int]:
+    return {pattern.replace("?", part): 1 for part in "qkv"}
+
+
+_ATTENTION: Grammar = {
+    "double_blocks_*_img_attn_qkv": _thirds("transformer_blocks.*.attn.to_?"),
+    "double_blocks_*_txt_attn_qkv": _thirds("transformer_blocks.*.attn.add_?_proj"),
+    "double_blocks_*_img_attn_proj": {"transformer_blocks.*.attn.to_out.0": 1},
+    "double_blocks_*_txt_attn_proj": {"transformer_blocks.*.attn.to_add_out": 1},
+}
+_GRAMMARS: Mapping[str, Grammar] = {
+    "flux1": {
+        **_ATTENTION,
+        "double_blocks_*_img_mlp_0": {"transformer_blocks.*.ff.net.0.proj": 1},
+        "double_blocks_*_img_mlp_2": {"transformer_blocks.*.ff.net.2": 1},
+        "double_blocks_*_txt_mlp_0": {"transformer_blocks.*.ff_context.net.0.proj": 1},
+        "double_blocks_*_txt_mlp_2": {"transformer_blocks.*.ff_context.net.2": 1},
+        "single_blocks_*_linear1": {
+            **_thirds("single_transformer_blocks.*.attn.to_?"),
+            "single_transformer_blocks.*.proj_mlp": 4,
+        },
+        "single_blocks_*_linear2": {"single_transformer_blocks.*.proj_out": 1},
+    },
+    "flux2": {
+        **_ATTENTION,
+        "double_blocks_*_img_mlp_0": {"transformer_blocks.*.ff.linear_in": 1},
+        "double_blocks_*_img_mlp_2": {"transformer_blocks.*.ff.linear_out": 1},
+        "double_blocks_*_txt_mlp_0": {"transformer_blocks.*.ff_context.linear_in": 1},
+        "double_blocks_*_txt_mlp_2": {"transformer_blocks.*.ff_context.linear_out": 1},
+        "single_blocks_*_linear1": {"single_transformer_blocks.*.attn.to_qkv_mlp_proj": 1},
+        "single_blocks_*_linear2": {"single_transformer_blocks.*.attn.to_out": 1},
+    },
 }
 
 
-def _comfyui(file: File, weights: Mapping[str, tuple[str, ...]]) -> Reading:
+def _comfyui(file: File, weights: Mapping[str, tuple[str, ...]], grammar: Grammar) -> Reading:
     """Looks up lora_unet_<name> for every weight of the model, "_" for "."; adds the update to the fused weight.
 
     Forge Neo took this over. `weights` stands in for the model: those BFL weights that the adapter trained.
     """
-    names = {f"lora_unet_{weight}".replace(".", "_"): members for weight, members in weights.items()}
-    return {name: _by_rows(lora, names[name]) for name, lora in file.items() if name in names}
+    names = {f"lora_unet_{weight}".replace(".", "_") for weight in weights}
+    return {name: _by_rows(lora, _converted(name, grammar)) for name, lora in file.items() if name in names}
 
 
-def _diffusers(file: File, _: object) -> Reading:
-    """Converts block by block to its own names; cuts a block-diagonal up into one pair for each of q, k and v.
+def _diffusers(file: File, _: object, grammar: Grammar) -> Reading:
+    """Converts block by block to its own names; cuts a block-diagonal up into one pair for each of its members.
 
     It scales A by alpha / rank in the type of the file: a further rounding, but for a factor of 1 none.
     """
-    return {name: _by_diagonal(lora, members) for name, lora in file.items() if (members := _converted(name))}
+    return {name: _by_diagonal(lora, shares) for name, lora in file.items() if (shares := _converted(name, grammar))}
 
 
-def _invokeai(file: File, _: object) -> Reading:
-    """Converts to BFL's and then to Diffusers' names; q, k and v each get a third of up and a copy of down."""
-    return {name: _by_rows(lora, members) for name, lora in file.items() if (members := _converted(name))}
+def _invokeai(file: File, _: object, grammar: Grammar) -> Reading:
+    """Of FLUX.2: converts to BFL's and then to Diffusers' names, each member with its rows of up and a copy of down.
+
+    Of FLUX.1: adds the update to the fused weight, which comes to the same.
+    """
+    return {name: _by_rows(lora, shares) for name, lora in file.items() if (shares := _converted(name, grammar))}
 
 
-CLIENTS: Mapping[str, Callable[[File, Mapping[str, tuple[str, ...]]], Reading]] = {
+CLIENTS: Mapping[str, Callable[[File, Mapping[str, tuple[str, ...]], Grammar], Reading]] = {
     "ComfyUI": _comfyui,
     "Forge Neo": _comfyui,
     "Diffusers": _diffusers,
@@ -348,29 +393,33 @@ CLIENTS: Mapping[str, Callable[[File, Mapping[str, tuple[str, ...]]], Reading]] 
 }
 
 
-def _converted(name: str) -> tuple[str, ...]:
+def _converted(name: str, grammar: Grammar) -> dict[str, int]:
+    """Linear -> share of the rows, for a name of the file; empty for one that the grammar does not know."""
     found = re.fullmatch(r"lora_unet_((?:double|single)_blocks_)(\d+)(_\w+)", name)
-    members = _CONVERTED.get(f"{found[1]}*{found[3]}", ()) if found else ()
-    return tuple(member.replace("*", found[2]) for member in members) if found else ()
+    shares = grammar.get(f"{found[1]}*{found[3]}", {}) if found else {}
+    return {member.replace("*", found[2]): share for member, share in shares.items()} if found else {}
 
 
-def _by_rows(lora: LoraWeights, members: Sequence[str]) -> dict[str, LoraWeights]:
-    if len(members) == 1:
-        return {members[0]: lora}
-    ups = lora.up.tensor_split(len(members))
-    return {
-        member: LoraWeights(down=lora.down, up=up, scale=lora.scale) for member, up in zip(members, ups, strict=True)
-    }
+def _by_rows(lora: LoraWeights, shares: Mapping[str, int]) -> dict[str, LoraWeights]:
+    ups = lora.up.split(_rows(lora, shares))
+    return {m: LoraWeights(down=lora.down, up=up, scale=lora.scale) for m, up in zip(shares, ups, strict=True)}
 
 
-def _by_diagonal(lora: LoraWeights, members: Sequence[str]) -> dict[str, LoraWeights]:
-    count = len(members)
-    blocks = [rows.tensor_split(count, dim=1) for rows in lora.up.tensor_split(count)]
+def _by_diagonal(lora: LoraWeights, shares: Mapping[str, int]) -> dict[str, LoraWeights]:
+    count = len(shares)
+    blocks = [rows.tensor_split(count, dim=1) for rows in lora.up.split(_rows(lora, shares))]
     beside = (block for i, row in enumerate(blocks) for j, block in enumerate(row) if i != j)
     if count == 1 or lora.down.shape[0] % count or any(block.any() for block in beside):
-        return _by_rows(lora, members)
+        return _by_rows(lora, shares)
     downs = lora.down.tensor_split(count)
-    return {m: LoraWeights(down=downs[i], up=blocks[i][i], scale=lora.scale) for i, m in enumerate(members)}
+    return {m: LoraWeights(down=downs[i], up=blocks[i][i], scale=lora.scale) for i, m in enumerate(shares)}
+
+
+def _rows(lora: LoraWeights, shares: Mapping[str, int]) -> list[int]:
+    """How many rows of up belong to each member; what does not divide goes to the last."""
+    unit = lora.up.shape[0] // sum(shares.values())
+    rows = [unit * share for share in shares.values()]
+    return [*rows[:-1], lora.up.shape[0] - sum(rows[:-1])]
 
 
 def _invokeai_note(modules: Mapping[str, LoraWeights]) -> str:

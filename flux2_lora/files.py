@@ -6,6 +6,7 @@ Law: a reader never sees half of a file. Everything is written beside its place,
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -73,10 +74,34 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest(*parts)
 
 
-def folder_digest(folder: Path, pattern: str = "*") -> str:
-    """Digest of the files of a folder (names and bytes): what a cache key says of a model's weights."""
-    parts: list[bytes | str] = []
-    for file in sorted(p for p in folder.glob(pattern) if p.is_file()):
-        with file.open("rb") as opened:
-            parts += [file.name, hashlib.file_digest(opened, "sha256").hexdigest()]
-    return digest(*parts)
+class FileDigests:
+    """Digests of large files, read once: what a cache key says of a model's weights.
+
+    memory: a JSON file that keeps the digest of each (path, size, time of change), so that a text encoder of 10 GB is
+    not read again at every start. A file that was only touched is read once more and gives the same digest.
+    """
+
+    def __init__(self, memory: Path) -> None:
+        self._memory = memory
+
+    def of_folder(self, folder: Path) -> str:
+        """Digest of the files of a folder (names and bytes)."""
+        known = self._known()
+        parts: list[str] = []
+        fresh: dict[str, str] = {}
+        for file in sorted(path for path in folder.iterdir() if path.is_file()):
+            stamp = f"{file.resolve()}|{file.stat().st_size}|{file.stat().st_mtime_ns}"
+            if stamp not in known:
+                with file.open("rb") as opened:
+                    fresh[stamp] = hashlib.file_digest(opened, "sha256").hexdigest()
+            parts += [file.name, known.get(stamp) or fresh[stamp]]
+        if fresh:
+            write_text(self._memory, json.dumps({**self._known(), **fresh}, indent=0))
+        return digest(*parts)
+
+    def _known(self) -> dict[str, str]:
+        try:
+            content = json.loads(self._memory.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}

@@ -15,8 +15,9 @@ from pathlib import Path
 from PIL import Image
 
 from flux2_lora.config import program
+from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError
-from flux2_lora.families import ModelSpec
+from flux2_lora.families import ModelSpec, open_model
 from flux2_lora.inference.edit import Border, extend, inpaint, soften
 from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.inference.pictures import fit, read_picture
@@ -64,8 +65,9 @@ def main(config: EditConfig) -> None:
             "give a mask of the picture's size: white is repainted, black is kept",
         )
     canvas, mask, mode = what_to_paint(config, picture, drawn)
-    positive, negative = encode_prompts(config.model, [config.prompt, config.negative_prompt], config.device)
-    session = open_session(config.model, config.precision, config.adapters, config.device)
+    device, model = pick_device(config.device), open_model(config.model)
+    positive, negative = encode_prompts(model, [config.prompt, config.negative_prompt], device)
+    session = open_session(model, config.precision, config.adapters, device)
     whole = padded(canvas, session.family.pixels_per_token)
     prompted = Prompted(positive=positive, negative=negative, cfg_scale=config.cfg_scale, guidance=config.guidance)
     noise = initial_noise(session.family, whole.height, whole.width, [config.seed]).to(session.device)

@@ -62,6 +62,7 @@ def main(config: ExportConfig) -> None:
             title=path.stem,
             model=config.model.architecture_name,
             base=config.model.title,
+            architecture=family.architecture,
             rank=adapter.rank,
             date=time.strftime("%Y-%m-%dT%H:%M:%S"),
             resolution=(config.model.resolution, config.model.resolution),

@@ -14,8 +14,9 @@ from pathlib import Path
 from PIL import Image
 
 from flux2_lora.config import program
+from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError
-from flux2_lora.families import ModelSpec
+from flux2_lora.families import ModelSpec, open_model
 from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.inference.pictures import fit, read_picture, to_pictures, to_pixels
 from flux2_lora.inference.pipeline import Prompted, generate, initial_noise
@@ -52,8 +53,9 @@ def main(config: SampleConfig) -> None:
     if not config.prompts:
         raise UserError("prompts=[] asks for no picture", "give prompts='[first prompt, second prompt]'")
     source = read_picture(config.image, "image") if config.image else None
-    *positives, negative = encode_prompts(config.model, [*config.prompts, config.negative_prompt], config.device)
-    session = open_session(config.model, config.precision, config.adapters, config.device)
+    device, model = pick_device(config.device), open_model(config.model)
+    *positives, negative = encode_prompts(model, [*config.prompts, config.negative_prompt], device)
+    session = open_session(model, config.precision, config.adapters, device)
 
     columns = columns_of(config)
     rows: list[tuple[str, list[Image.Image]]] = []

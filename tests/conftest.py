@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 from flux2_lora.bundled import share
-from flux2_lora.families import ModelFamily, load_family
+from flux2_lora.families import Model, ModelFamily, ModelSpec, load_family, open_model
+from flux2_lora.networks.transformers import block_linears
+from flux2_lora.quantize import FrozenLinear
+from flux2_lora.weights import Stored
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -53,3 +56,20 @@ def transformer() -> nn.Module:
         guidance_embeds=False,
     )
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny: Path) -> Model:
+    """The bundled model, opened."""
+    return open_model(ModelSpec(family="flux2_small", path=str(tiny), title="tiny", architecture_name="tiny"))
+
+
+def quantised(transformer: nn.Module, kind: str = "fp8") -> nn.Module:
+    """Freeze a transformer in place and quantise the Linears of its blocks, as loading does."""
+    transformer.requires_grad_(False)
+    for path in block_linears(transformer):
+        linear = transformer.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        stored = Stored(values=linear.weight.detach())
+        transformer.set_submodule(path, FrozenLinear(stored, linear.bias, kind, dtype=linear.weight.dtype))
+    return transformer

@@ -22,19 +22,20 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from flux2_lora.adapters import Adapter, AdapterSpec, attach, projections, state_of, trainable
+from flux2_lora.adapters import Adapter, AdapterSpec, attach, state_of, trainable
 from flux2_lora.buckets import assign, batch_at, batches_per_epoch
 from flux2_lora.config import changed_options, program, read_resolved, save_resolved
 from flux2_lora.dataset import DatasetSpec, Record, crop_to, open_rgb, preview_prompts, scan, scan_validation
 from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError, listed
 from flux2_lora.export import export_universal, header, table
-from flux2_lora.families import ModelFamily, ModelSpec, load_family
+from flux2_lora.families import ModelFamily, ModelSpec, open_model
 from flux2_lora.flow import TimestepSpec
 from flux2_lora.inference.pictures import to_pictures
 from flux2_lora.inference.previews import Previewer, PreviewSet, PreviewSpec
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec, load_frozen, stored_bytes
+from flux2_lora.targets import resolve
 from flux2_lora.training.encoding import CachedSamples, Encoder, encode_samples
 from flux2_lora.training.interrupt import Interrupt
 from flux2_lora.training.memory import MemorySpec
@@ -87,9 +88,10 @@ class TrainConfig:
 def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the order in which it happens
     # 1. Look before anything is written: the pictures, the model, the run to go on with.
     device = pick_device(config.device)
-    family, model = load_family(config.model.family), Path(config.model.path).expanduser()
-    family.check(model)
-    family.target_modules(config.adapter.targets)
+    model = open_model(config.model)
+    model.refuse_distilled()
+    family = model.family
+    resolve(config.adapter.targets, family.architecture, model.projections(), config.adapter.rank)
     found = scan(config.dataset)
     records, held_out = scan_validation(config.dataset, found, config.seed)
     run = Path(config.output_dir).expanduser() / config.name
@@ -101,19 +103,20 @@ def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the or
     save_resolved(config, run / "run.yaml")
 
     # 2. Encoders in a phase of their own: from here on only cached tensors are read.
-    encoder = Encoder(family, model, Path(config.output_dir).expanduser() / "cache", device)
+    encoder = Encoder(model, Path(config.output_dir).expanduser() / "cache", device)
     step_px = family.pixels_per_token
     sizes = assign([(r.width, r.height) for r in records], config.dataset.resolution, step_px)
+    encoder.encode_texts(all_texts(config, [*records, *held_out]))
     samples = encode_samples(encoder, records, sizes, flip=config.dataset.flip, seed=config.seed)
     validation = validation_samples(config, encoder, held_out)
     scene = preview_set(config, encoder, [*held_out, *records])
 
     # 3. The base, quantised and frozen, and the adapter beside its projections.
-    transformer = load_frozen(family, model, config.precision, device)
-    targeted = attach(transformer, family, config.adapter, seed=config.seed)
+    transformer = load_frozen(model, config.precision, device)
+    targeted = attach(transformer, family.architecture, config.adapter, seed=config.seed)
     console.print(
         f"base in {config.precision.base}: {stored_bytes(transformer) / 1e6:.1f} MB with the adapter; "
-        f"LoRA on {targeted} of {projections(transformer)} projections, rank {config.adapter.rank}"
+        f"LoRA on {targeted} of {len(model.projections())} projections, rank {config.adapter.rank}"
     )
     if config.memory.checkpointing(device):
         transformer.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -134,7 +137,7 @@ def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the or
     )
     previewer = None
     if config.preview.every:
-        vae = family.load_vae(model, device)
+        vae = model.load_vae(device)
         previewer = Previewer(family, vae, config.preview, scene, run / "previews", config.name, device)
 
     def look(step: int) -> float | None:
@@ -192,6 +195,7 @@ def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the or
             title=config.name,
             model=config.model.architecture_name,
             base=config.model.title,
+            architecture=family.architecture,
             rank=config.adapter.rank,
             date=time.strftime("%Y-%m-%dT%H:%M:%S"),
             resolution=(config.dataset.resolution, config.dataset.resolution),
@@ -234,10 +238,17 @@ def batch_order(
     ]
 
 
+def all_texts(config: TrainConfig, records: Sequence[Record]) -> list[str]:
+    """Every text of the run, to be encoded together: a large encoder's layers are then read once."""
+    previews = [*config.preview.prompts, *preview_prompts(config.dataset), config.preview.negative_prompt]
+    return [*(record.caption for record in records), *previews]
+
+
 def validation_samples(config: TrainConfig, encoder: Encoder, held_out: Sequence[Record]) -> list[Sample]:
     """Held-out pictures, encoded as the training pictures are; empty where there are none."""
     chosen = held_out[: config.validation.most]
-    sizes = assign([(r.width, r.height) for r in chosen], config.dataset.resolution, encoder.family.pixels_per_token)
+    step_px = encoder.model.family.pixels_per_token
+    sizes = assign([(r.width, r.height) for r in chosen], config.dataset.resolution, step_px)
     samples: CachedSamples = encode_samples(encoder, chosen, sizes, flip=False, seed=config.seed)
     return [samples[index] for index in range(len(samples))]
 
@@ -248,7 +259,7 @@ def preview_set(config: TrainConfig, encoder: Encoder, records: Sequence[Record]
     texts = texts[: config.preview.count]
     side, edited = config.dataset.resolution, next((r for r in records if r.caption in texts), records[0])
     keys = encoder.encode_texts([*texts, config.preview.negative_prompt, edited.caption])
-    height, width = assign([(side, side)], side, encoder.family.pixels_per_token)[0]
+    height, width = assign([(side, side)], side, encoder.model.family.pixels_per_token)[0]
     return PreviewSet(
         texts=texts,
         conditioning=encoder.conditioning([keys[text] for text in texts]).to(encoder.device, torch.float32),

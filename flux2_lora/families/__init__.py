@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -17,8 +16,11 @@ from torch import Tensor, nn
 
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.errors import UserError, did_you_mean
-
-PromptEncoder = Callable[[Sequence[str]], Conditioning]
+from flux2_lora.keys import is_target
+from flux2_lora.networks.text import PromptEncoder
+from flux2_lora.options import option
+from flux2_lora.sources import ModelFiles, is_distilled, locate
+from flux2_lora.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +35,26 @@ class TrainingDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A model: its family, where its Diffusers folder lies, and how its authors sample it.
+    """A model: its family, where it lies, and how its authors sample it.
 
-    title: as file managers show it; architecture_name: as ModelSpec headers spell it.
+    path: a Diffusers folder, a hub id, or a file of the transformer; components: a folder or hub id with the rest, for
+    a path that is a file. title: as file managers show it; architecture_name: as ModelSpec headers spell it.
+    max_sequence_length: tokens of a prompt, null for the family's own. distilled: made for few steps, to be sampled and
+    not trained; train_distilled trains it all the same.
     """
 
     family: str
     path: str
     title: str
     architecture_name: str
+    components: str | None = None
     resolution: int = 1024
     steps: int = 50
     cfg_scale: float = 1.0
     guidance: float | None = None
+    max_sequence_length: int | None = option(None, at_least=1, at_most=512)
+    distilled: bool = False
+    train_distilled: bool = False
     training: TrainingDefaults = field(default_factory=TrainingDefaults)
 
 
@@ -68,23 +77,32 @@ class ModelFamily(Protocol):
     @property
     def pixels_per_token(self) -> int: ...
 
-    def check(self, folder: Path) -> None:
-        """UserError unless the folder holds a model of this family, weights included."""
+    @property
+    def parts(self) -> Mapping[str, tuple[str, ...]]:
+        """Folders beside the transformer -> the classes each may hold; none for a tokenizer."""
 
-    def target_modules(self, targets: Sequence[str]) -> str:
-        """Regular expression over module names for groups out of {attention, mlp}."""
+    def check(self, files: ModelFiles) -> Weights:
+        """The transformer's tensors; UserError unless all is of this family, whole and fits together.
 
-    def load_transformer(self, folder: Path, dtype: torch.dtype) -> nn.Module: ...
+        Reads configurations and headers only.
+        """
 
-    def load_vae(self, folder: Path, device: torch.device) -> nn.Module: ...
+    def empty_transformer(self, files: ModelFiles, weights: Weights) -> nn.Module:
+        """The transformer on the meta device; UserError unless `weights` has exactly its tensors."""
 
-    def load_prompt_encoder(self, folder: Path, device: torch.device) -> PromptEncoder: ...
+    def load_vae(self, files: ModelFiles, device: torch.device) -> nn.Module: ...
+
+    def load_prompt_encoder(self, files: ModelFiles, device: torch.device, length: int | None = None) -> PromptEncoder:
+        """Prompts -> conditionings; length: tokens to pad or cut to, None for the family's own."""
 
     def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         """Pixels -> normalised latents, the mode of the posterior."""
 
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """Normalised latents -> pixels, clamped to [-1, 1]."""
+
+    def draw_noise(self, height: int, width: int, stream: torch.Generator) -> Tensor:
+        """Standard normal latents [1 c height width], in the order in which the family's Diffusers pipeline draws."""
 
     def velocity(
         self,
@@ -99,8 +117,50 @@ class ModelFamily(Protocol):
     def training_mu(self, tokens: int) -> float:
         """Shift exponent of the training density for a picture of `tokens` packed tokens."""
 
-    def inference_mu(self, tokens: int, steps: int) -> float:
+    def inference_mu(self, transformer: nn.Module, tokens: int, steps: int) -> float:
         """Shift exponent of the sampling schedule."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was found and checked: nothing of it is in memory but the headers of its files."""
+
+    spec: ModelSpec
+    family: ModelFamily
+    files: ModelFiles
+    weights: Weights
+
+    def empty_transformer(self) -> nn.Module:
+        """The transformer on the meta device."""
+        return self.family.empty_transformer(self.files, self.weights)
+
+    def projections(self) -> list[str]:
+        """The Linears that may carry an adapter, read off the names of the weights: the N of "N of N"."""
+        linears = [name.removesuffix(".weight") for name in self.weights.shapes if name.endswith(".weight")]
+        return [name for name in linears if is_target(self.family.architecture, name)]
+
+    def load_vae(self, device: torch.device) -> nn.Module:
+        return self.family.load_vae(self.files, device)
+
+    def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
+        return self.family.load_prompt_encoder(self.files, device, self.spec.max_sequence_length)
+
+    def refuse_distilled(self) -> None:
+        """UserError for a base that was distilled to a few steps, unless the user insists."""
+        if (self.spec.distilled or is_distilled(self.files)) and not self.spec.train_distilled:
+            raise UserError(
+                f"{self.spec.title} is distilled to a few steps: its velocity is no longer the flow's, so training on "
+                "it gives grey, blurred pictures",
+                "train on the base model (model=flux2_klein_base_4b) and sample with this one, or set "
+                "model.train_distilled=true",
+            )
+
+
+def open_model(spec: ModelSpec) -> Model:
+    """Find a model, or fetch it, and check all of it before any of it is loaded; UserError for what does not fit."""
+    family = load_family(spec.family)
+    files = locate(spec.path, spec.components, list(family.parts))
+    return Model(spec, family, files, family.check(files))
 
 
 def family_names() -> list[str]:

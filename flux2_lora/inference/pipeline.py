@@ -31,8 +31,8 @@ class Prompted:
 def initial_noise(family: ModelFamily, height_px: int, width_px: int, seeds: Sequence[int]) -> Tensor:
     """Standard normal latents [b c h w], one seed a picture; pixels rounded down to whole tokens."""
     side = family.pixels_per_token
-    shape = (1, family.latent_channels, height_px // side, width_px // side)
-    return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    height, width = height_px // side, width_px // side
+    return torch.cat([family.draw_noise(height, width, torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def velocity_of(family: ModelFamily, transformer: nn.Module, prompted: Prompted) -> Velocity:
@@ -68,7 +68,7 @@ def generate(
 
     With `start` latents [b or 1, c h w] the run begins at the noise level that `strength` names: image-to-image.
     """
-    mu = family.inference_mu(noise.shape[2] * noise.shape[3], steps)
+    mu = family.inference_mu(transformer, noise.shape[2] * noise.shape[3], steps)
     sigmas = schedule(steps, mu)
     if start is not None:
         sigmas = from_strength(sigmas, strength)

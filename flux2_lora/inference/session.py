@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from flux2_lora.adapters import attach_trained, set_strengths
 from flux2_lora.conditioning import Conditioning
-from flux2_lora.devices import pick_device
-from flux2_lora.families import ModelFamily, ModelSpec, load_family
+from flux2_lora.families import Model, ModelFamily
 from flux2_lora.quantize import PrecisionSpec, load_frozen
 
 
@@ -31,18 +29,15 @@ class Session:
         set_strengths(self.transformer, dict(zip(self.adapters, strengths, strict=True)))
 
 
-def encode_prompts(spec: ModelSpec, prompts: Sequence[str], device_name: str) -> list[Conditioning]:
+def encode_prompts(model: Model, prompts: Sequence[str], device: torch.device) -> list[Conditioning]:
     """One conditioning a prompt; the text encoders are dropped again before the transformer is loaded."""
-    device, family, folder = pick_device(device_name), load_family(spec.family), Path(spec.path).expanduser()
-    family.check(folder)
-    encode = family.load_prompt_encoder(folder, device)
-    return [encode([prompt]).to(device, torch.float32) for prompt in prompts]
+    distinct = list(dict.fromkeys(prompts))
+    encoded = dict(zip(distinct, model.load_prompt_encoder(device)(distinct), strict=True))
+    return [encoded[prompt].to(device, torch.float32) for prompt in prompts]
 
 
-def open_session(spec: ModelSpec, precision: PrecisionSpec, adapters: Sequence[str], device_name: str) -> Session:
+def open_session(model: Model, precision: PrecisionSpec, adapters: Sequence[str], device: torch.device) -> Session:
     """Load transformer and VAE, and attach the adapters; UserError for an adapter that does not fit."""
-    device, family, folder = pick_device(device_name), load_family(spec.family), Path(spec.path).expanduser()
-    family.check(folder)
-    transformer = load_frozen(family, folder, precision, device)
-    names = attach_trained(transformer, family, adapters)
-    return Session(family, transformer, family.load_vae(folder, device), names, device)
+    transformer = load_frozen(model, precision, device)
+    names = attach_trained(transformer, model.family, adapters)
+    return Session(model.family, transformer, model.load_vae(device), names, device)

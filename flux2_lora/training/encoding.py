@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,18 +18,18 @@ from torch.utils.data import Dataset
 from flux2_lora.caches import TensorCache
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.dataset import Record, crop_to, open_rgb
-from flux2_lora.families import ModelFamily
-from flux2_lora.files import folder_digest
+from flux2_lora.devices import compute_dtype
+from flux2_lora.families import Model
+from flux2_lora.files import FileDigests
 from flux2_lora.flow import generator
 from flux2_lora.training.step import Sample
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """The encoder phase of one model (its Diffusers folder) over the two caches in `folder`."""
+    """The encoder phase of one model over the two caches in `folder`."""
 
-    family: ModelFamily
-    model: Path
+    model: Model
     folder: Path
     device: torch.device
 
@@ -40,32 +41,39 @@ class Encoder:
     def texts(self) -> TensorCache:
         return TensorCache(self.folder, "texts")
 
+    @cached_property
+    def digests(self) -> FileDigests:
+        return FileDigests(self.folder / "digests.json")
+
     def encode_pictures(self, crops: Sequence[tuple[Record, tuple[int, int], bool]]) -> list[str]:
         """Cache the latents of (picture, (height, width), mirrored) and return their keys, in order."""
-        weights = folder_digest(self.model / "vae")
+        family = self.model.family
+        weights = self.digests.of_folder(self.model.files.components / "vae")
         keys = [
-            self.latents.key(self.family.name, weights, record.digest, f"{h}x{w}", "mirrored" if mirrored else "")
+            self.latents.key(family.name, weights, record.digest, f"{h}x{w}", "mirrored" if mirrored else "")
             for record, (h, w), mirrored in crops
         ]
         missing = [(key, crop) for key, crop in zip(keys, crops, strict=True) if self.latents.load(key) is None]
         if missing:
-            vae = self.family.load_vae(self.model, self.device)
+            vae = self.model.load_vae(self.device)
             for key, (record, (h, w), mirrored) in missing:
                 pixels = crop_to(open_rgb(record.path), h, w)[None].to(self.device)
                 with torch.no_grad():
-                    latents = self.family.encode_pixels(vae, pixels.flip(-1) if mirrored else pixels)
+                    latents = family.encode_pixels(vae, pixels.flip(-1) if mirrored else pixels)
                 self.latents.store(key, {"latents": latents[0].cpu()})
         return keys
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, str]:
         """Cache every distinct text; returns text -> key."""
-        weights = folder_digest(self.model / "text_encoder") + folder_digest(self.model / "tokenizer")
-        keys = {text: self.texts.key(self.family.name, weights, text) for text in texts}
+        model = self.model
+        parts = [part for part in model.family.parts if part != "vae"]
+        weights = [self.digests.of_folder(model.files.components / part) for part in parts]
+        how = [str(model.spec.max_sequence_length), str(compute_dtype(self.device))]
+        keys = {text: self.texts.key(model.family.name, *weights, *how, text) for text in texts}
         missing = [text for text, key in keys.items() if self.texts.load(key) is None]
         if missing:
-            encode = self.family.load_prompt_encoder(self.model, self.device)
-            for text in missing:
-                one = encode([text])
+            encode = model.load_prompt_encoder(self.device)
+            for text, one in zip(missing, encode(missing), strict=True):
                 pooled = {} if one.pooled is None else {"pooled": one.pooled[0]}
                 self.texts.store(keys[text], {"embeds": one.embeds[0], **pooled})
         return keys

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from flux2_lora.dataset import crop_to, open_rgb
-from flux2_lora.families import ModelFamily
+from flux2_lora.families import Model
 from flux2_lora.inference.pictures import to_pictures
 from flux2_lora.inference.pipeline import Prompted, generate, initial_noise
+from flux2_lora.quantize import PrecisionSpec, load_frozen
 from flux2_lora.samplers import empirical_mu, schedule
 
 
@@ -34,11 +35,10 @@ def test_the_schedule_is_that_of_diffusers(pipeline: Any, tokens: int, steps: in
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80)])
 def test_a_seed_draws_the_picture_that_diffusers_draws(
-    family: ModelFamily, tiny: Path, pipeline: Any, height: int, width: int
+    tiny_model: Model, pipeline: Any, height: int, width: int
 ) -> None:
-    cpu = torch.device("cpu")
-    encode = family.load_prompt_encoder(tiny, cpu)
-    positive, negative = encode(["red apple, noto style"]), encode(["blue"])
+    cpu, family = torch.device("cpu"), tiny_model.family
+    positive, negative = tiny_model.load_prompt_encoder(cpu)(["red apple, noto style", "blue"])
     theirs = pipeline(
         prompt_embeds=positive.embeds,
         negative_prompt_embeds=negative.embeds,
@@ -50,21 +50,21 @@ def test_a_seed_draws_the_picture_that_diffusers_draws(
         output_type="np",
     ).images[0]
     prompted = Prompted(positive=positive, negative=negative, cfg_scale=3.0, guidance=None)
-    transformer = family.load_transformer(tiny, torch.float32)
+    transformer = load_frozen(tiny_model, PrecisionSpec(base="fp32"), cpu)
     latents = generate(family, transformer, prompted, initial_noise(family, height, width, [7]), 5)
-    ours = np.asarray(to_pictures(family.decode_latents(family.load_vae(tiny, cpu), latents))[0])
+    ours = np.asarray(to_pictures(family.decode_latents(tiny_model.load_vae(cpu), latents))[0])
     assert np.abs(ours.astype(float) - theirs * 255).max() <= 1.0
 
 
-def test_pixels_are_encoded_as_diffusers_encodes_them(family: ModelFamily, tiny: Path, pipeline: Any) -> None:
-    vae = family.load_vae(tiny, torch.device("cpu"))
+def test_pixels_are_encoded_as_diffusers_encodes_them(tiny_model: Model, pipeline: Any) -> None:
+    vae = tiny_model.load_vae(torch.device("cpu"))
     pixels = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     theirs = pipeline._encode_vae_image(pixels, torch.Generator())
-    torch.testing.assert_close(family.encode_pixels(vae, pixels), theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tiny_model.family.encode_pixels(vae, pixels), theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_the_bundled_vae_gives_a_picture_of_an_unseen_style_back_at_20_db(family: ModelFamily, tiny: Path) -> None:
-    vae = family.load_vae(tiny, torch.device("cpu"))
+def test_the_bundled_vae_gives_a_picture_of_an_unseen_style_back_at_20_db(tiny_model: Model, tiny: Path) -> None:
+    family, vae = tiny_model.family, tiny_model.load_vae(torch.device("cpu"))
     pictures = sorted((tiny.parent / "demo" / "validation").glob("*.png"))
     pixels = torch.stack([crop_to(open_rgb(path), 64, 64) for path in pictures])
     decoded = family.decode_latents(vae, family.encode_pixels(vae, pixels))

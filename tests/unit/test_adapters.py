@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from flux2_lora import adapters
-from flux2_lora.adapters import Adapter, AdapterSpec, attach, attach_trained, projections, set_strengths, state_of
+from flux2_lora.adapters import Adapter, AdapterSpec, attach, attach_trained, set_strengths, state_of
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.errors import UserError
 from flux2_lora.families import ModelFamily
 from flux2_lora.files import tensors_digest
 from flux2_lora.flow import TimestepSpec
-from flux2_lora.quantize import PrecisionSpec, freeze
+from flux2_lora.networks.transformers import block_linears
 from flux2_lora.training.step import Batch, training_loss
+from tests.conftest import quantised
 
 SPEC = AdapterSpec(rank=4, alpha=8)
 
@@ -45,22 +46,22 @@ def velocity(family: ModelFamily, transformer: nn.Module) -> Tensor:
 
 
 def test_every_projection_of_the_model_is_targeted(family: ModelFamily, transformer: nn.Module) -> None:
-    freeze(transformer, PrecisionSpec())
-    there = projections(transformer)
-    assert attach(transformer, family, SPEC, seed=0) == there == 16
-    assert projections(transformer) == there
+    quantised(transformer)
+    there = block_linears(transformer)
+    assert attach(transformer, "flux2", SPEC, seed=0) == len(there) == 16
+    assert block_linears(transformer) == there
 
 
 @pytest.mark.parametrize(("targets", "count"), [(["attention"], 8 + 4), (["mlp"], 4 + 4)])
 def test_a_group_targets_its_projections_and_the_fused_ones(
     family: ModelFamily, transformer: nn.Module, targets: list[str], count: int
 ) -> None:
-    assert attach(transformer, family, AdapterSpec(rank=2, targets=targets), seed=0) == count
+    assert attach(transformer, "flux2", AdapterSpec(rank=2, targets=targets), seed=0) == count
 
 
 def test_only_adapters_receive_gradients_and_each_of_them_does(family: ModelFamily, transformer: nn.Module) -> None:
-    freeze(transformer, PrecisionSpec())
-    attach(transformer, family, SPEC, seed=0)
+    quantised(transformer)
+    attach(transformer, "flux2", SPEC, seed=0)
     filled(transformer)
     loss_of(family, transformer).backward()
     learning = {name for name, p in transformer.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
@@ -69,8 +70,8 @@ def test_only_adapters_receive_gradients_and_each_of_them_does(family: ModelFami
 
 
 def test_training_changes_no_byte_of_the_base(family: ModelFamily, transformer: nn.Module) -> None:
-    freeze(transformer, PrecisionSpec())
-    attach(transformer, family, SPEC, seed=0)
+    quantised(transformer)
+    attach(transformer, "flux2", SPEC, seed=0)
     base = {k: v for k, v in transformer.state_dict().items() if ".lora_" not in k}
     before = tensors_digest({k: v.clone() for k, v in base.items()})
     optimizer = torch.optim.AdamW(adapters.trainable(transformer), lr=1e-2)
@@ -82,9 +83,9 @@ def test_training_changes_no_byte_of_the_base(family: ModelFamily, transformer: 
 
 
 def test_strength_zero_is_the_base_bit_for_bit_and_one_is_not(family: ModelFamily, transformer: nn.Module) -> None:
-    freeze(transformer, PrecisionSpec())
+    quantised(transformer)
     base = velocity(family, transformer)
-    attach(transformer, family, SPEC, seed=0)
+    attach(transformer, "flux2", SPEC, seed=0)
     filled(transformer)
     adapted = velocity(family, transformer)
     set_strengths(transformer, {"default": 0.0})
@@ -95,7 +96,7 @@ def test_strength_zero_is_the_base_bit_for_bit_and_one_is_not(family: ModelFamil
 
 
 def test_a_fresh_adapter_is_a_function_of_its_seed(family: ModelFamily, transformer: nn.Module) -> None:
-    attach(transformer, family, SPEC, seed=3)
+    attach(transformer, "flux2", SPEC, seed=3)
     torch.manual_seed(99)
     from copy import deepcopy
 
@@ -114,7 +115,7 @@ def test_a_saved_adapter_draws_the_same_when_it_is_read(
     from copy import deepcopy
 
     bare = deepcopy(transformer)
-    attach(transformer, family, SPEC, seed=0)
+    attach(transformer, "flux2", SPEC, seed=0)
     filled(transformer)
     saved = Adapter(state=state_of(transformer), rank=4, alpha=8, targets=SPEC.targets, family=family.name)
     adapters.save_adapter(tmp_path / adapters.WEIGHTS, saved)
@@ -133,7 +134,7 @@ def test_an_adapter_of_another_family_is_refused_by_name(
 
 
 def test_tensors_that_do_not_fit_are_named(family: ModelFamily, transformer: nn.Module) -> None:
-    attach(transformer, family, SPEC, seed=0)
+    attach(transformer, "flux2", SPEC, seed=0)
     state = state_of(transformer)
     name = next(iter(state))
     state[name] = state[name][:, :3]

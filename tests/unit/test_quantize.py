@@ -1,18 +1,28 @@
-"""The frozen FP8 Linear against a float64 reference, and what freezing does to a transformer."""
+"""The frozen Linear of every kind against a float64 reference, and what it keeps."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from flux2_lora.quantize import E4M3, FP8Linear, PrecisionSpec, freeze, quantize_rows, stored_bytes
+from flux2_lora.quantize import E4M3, FrozenLinear, quantize_rows, stored_bytes
+from flux2_lora.weights import Stored
+from tests.conftest import quantised
+
+KINDS = ("fp8", "int8", "nf4")
+# Largest relative error of the whole matrix for normal weights: 3 bits of mantissa, 127 steps a row, 16 levels.
+ERRORS = {"fp8": 0.03, "int8": 0.012, "nf4": 0.11}
 
 
 @pytest.fixture
 def linear() -> nn.Linear:
     torch.manual_seed(1)
-    return nn.Linear(48, 32)
+    return nn.Linear(128, 32)
+
+
+def frozen_of(linear: nn.Linear, kind: str, dtype: torch.dtype = torch.float32) -> FrozenLinear:
+    return FrozenLinear(Stored(values=linear.weight.detach()), linear.bias.detach(), kind, dtype=dtype)
 
 
 def test_a_row_is_rounded_by_less_than_a_sixteenth_of_each_value(linear: nn.Linear) -> None:
@@ -22,47 +32,83 @@ def test_a_row_is_rounded_by_less_than_a_sixteenth_of_each_value(linear: nn.Line
     assert (error <= linear.weight.abs() / 16 + scale * 2**-10).all()
 
 
-def test_a_row_of_zeros_stays_zero_and_finite() -> None:
-    values, scale = quantize_rows(torch.zeros(2, 4))
+def test_int8_rounds_to_the_nearest_step_of_the_row(linear: nn.Linear) -> None:
+    values, scale = quantize_rows(linear.weight, torch.int8)
+    assert ((values.float() * scale - linear.weight).abs() <= scale * 0.5001).all()
+
+
+@pytest.mark.parametrize("dtype", [E4M3, torch.int8])
+def test_a_row_of_zeros_stays_zero_and_finite(dtype: torch.dtype) -> None:
+    values, scale = quantize_rows(torch.zeros(2, 4), dtype)
     assert torch.equal(values.float() * scale, torch.zeros(2, 4))
 
 
-def test_forward_and_input_gradient_equal_a_float64_reference(linear: nn.Linear) -> None:
-    frozen = FP8Linear(linear)
-    x = torch.randn(5, 48, requires_grad=True)
+def test_rows_are_quantised_alike_in_pieces_and_at_once() -> None:
+    weight = torch.randn(2500, 8, generator=torch.Generator().manual_seed(0))
+    values, scale = quantize_rows(weight)
+    largest = weight.abs().amax(1, keepdim=True)
+    assert torch.equal(scale, largest / 448)
+    assert torch.equal(values.view(torch.uint8), (weight / scale).to(E4M3).view(torch.uint8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weight_is_as_close_as_its_kind_allows(linear: nn.Linear, kind: str) -> None:
+    torch.nn.init.normal_(linear.weight, std=0.02)
+    error = (frozen_of(linear, kind).weight - linear.weight).norm() / linear.weight.norm()
+    assert ERRORS[kind] / 4 < error < ERRORS[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_and_input_gradient_equal_a_float64_reference(linear: nn.Linear, kind: str) -> None:
+    frozen = frozen_of(linear, kind)
+    x = torch.randn(5, 128, requires_grad=True)
     y = frozen(x)
     upstream = torch.randn_like(y)
     y.backward(upstream)
-    weight = frozen.values.double() * frozen.scale.double()
+    weight = frozen.weight.double()
     expected = x.detach().double() @ weight.T + linear.bias.detach().double()
     assert x.grad is not None
     torch.testing.assert_close(y.detach().double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(x.grad.double(), upstream.double() @ weight, atol=1e-5, rtol=1e-5)
 
 
-def test_autograd_keeps_the_bytes_and_no_wide_copy_of_the_weight(linear: nn.Linear) -> None:
-    kept: list[torch.Tensor] = []
+def test_bfloat16_rounds_the_rebuilt_weight_once(linear: nn.Linear) -> None:
+    frozen = frozen_of(linear, "fp8", torch.bfloat16)
+    assert torch.equal(frozen.weight, (frozen.values.float() * frozen.scale).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autograd_keeps_the_bytes_and_no_wide_copy_of_the_weight(linear: nn.Linear, kind: str) -> None:
+    kept: list[Tensor] = []
+    frozen = frozen_of(linear, kind)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        FP8Linear(linear)(torch.randn(5, 48, requires_grad=True))
-    assert [t.dtype for t in kept if t.shape == linear.weight.shape] == [E4M3]
+        frozen(torch.randn(5, 128, requires_grad=True))
+    assert kept
+    assert {t.data_ptr() for t in kept} == {frozen.values.data_ptr(), frozen.scale.data_ptr()}
 
 
-def test_moving_to_another_type_changes_neither_bytes_nor_scales(linear: nn.Linear) -> None:
-    frozen = FP8Linear(linear)
+@pytest.mark.parametrize("kind", KINDS)
+def test_moving_to_another_type_changes_neither_bytes_nor_scales(linear: nn.Linear, kind: str) -> None:
+    frozen = frozen_of(linear, kind)
     values, scale = frozen.values.clone(), frozen.scale.clone()
     frozen.to(torch.bfloat16)
     assert torch.equal(frozen.values.view(torch.uint8), values.view(torch.uint8))
     assert torch.equal(frozen.scale, scale)
 
 
-def test_freezing_quantises_every_linear_of_the_blocks_and_no_other(transformer: nn.Module) -> None:
-    inside = {n for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and "transformer_blocks" in n}
-    assert freeze(transformer, PrecisionSpec(base="fp8")) == len(inside) == 12 + 2 * 2
-    assert {name for name, m in transformer.named_modules() if isinstance(m, FP8Linear)} == inside
+@pytest.mark.parametrize("stored", [E4M3, torch.float8_e5m2])
+@pytest.mark.parametrize("scale", [None, torch.tensor([[0.013]]), torch.rand(32, 1) + 0.01])
+def test_released_fp8_values_are_kept_bit_for_bit(stored: torch.dtype, scale: Tensor | None) -> None:
+    values = torch.randn(32, 16, generator=torch.Generator().manual_seed(0)).to(stored)
+    frozen = FrozenLinear(Stored(values=values, scale=scale), None, "fp8", dtype=torch.float32)
+    assert frozen.values.dtype == stored
+    assert torch.equal(frozen.values.view(torch.uint8), values.view(torch.uint8))
+    assert torch.equal(frozen.weight, values.float() * (1.0 if scale is None else scale))
 
 
-def test_fp8_stores_the_blocks_in_about_a_quarter_of_float32(transformer: nn.Module) -> None:
+@pytest.mark.parametrize(("kind", "low", "high"), [("fp8", 0.25, 0.35), ("int8", 0.25, 0.35), ("nf4", 0.14, 0.17)])
+def test_blocks_are_stored_in_a_part_of_float32(transformer: nn.Module, kind: str, low: float, high: float) -> None:
     blocks = transformer.get_submodule("single_transformer_blocks")
     before = stored_bytes(blocks)
-    freeze(transformer, PrecisionSpec(base="fp8"))
-    assert 0.25 < stored_bytes(blocks) / before < 0.35
+    quantised(transformer, kind)
+    assert low < stored_bytes(blocks) / before < high

@@ -1,0 +1,1 @@
+"""The neural networks that families are composed of: transformers, autoencoders, text encoders."""

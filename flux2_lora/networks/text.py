@@ -1,0 +1,201 @@
+"""Text encoders of any size in little memory: one layer at a time, and all texts through it before the next.
+
+Law: the network is transformers' own and so are its numbers; only when its weights are in memory is ours. Each layer is
+read once for all texts of a wave, and the hidden states wait in host memory, so the peak is about one layer and the
+states: Mistral's 24B encode on an 8 GB card, or on a CPU, unquantised. Of the embedding matrix only the rows of the
+tokens that occur are read, and layers above the highest that is asked for not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from flux2_lora.conditioning import Conditioning
+from flux2_lora.devices import compute_dtype
+from flux2_lora.errors import UserError
+from flux2_lora.weights import Weights, open_folder
+
+PromptEncoder = Callable[[Sequence[str]], Iterator[Conditioning]]
+"""Texts -> one Conditioning of batch 1 for each, in order, on the CPU."""
+
+WAVE_BYTES = 4 << 30
+"""Hidden states that may wait in host memory; beyond it the layers are read once more for the next wave."""
+
+_AT_ONCE = 4  # texts that a layer takes at a time: 4 x 512 tokens fill a GPU, and their activations stay small
+
+
+class LayerByLayer:
+    """A text encoder on the meta device whose layers get their weights when their turn comes.
+
+    model: built without memory; weights: its tensors, names below the prefix that the file puts before the layers;
+    layers: path of the ModuleList inside the model. keep: numbers of layers whose outputs are kept (1 is the first);
+    with them the layers above the highest are dropped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Weights,
+        device: torch.device,
+        *,
+        layers: str,
+        keep: Sequence[int] = (),
+    ) -> None:
+        self.model = model.eval()
+        self.kept: dict[int, Tensor] = {}
+        self._device, self._dtype, self._keep = device, compute_dtype(device), tuple(keep)
+        self._weights = weights
+        stack = cast("nn.ModuleList", model.get_submodule(layers))
+        if keep:
+            del stack[max(keep) :]
+        for index, layer in enumerate(stack):
+            layer.forward = self._in_turn(layer, f"{layers}.{index}.", index + 1)
+        self._prepare_rest(f"{layers}.")
+
+    @torch.no_grad()
+    def __call__(self, **inputs: Any) -> Any:
+        """The model's own forward over all texts at once; inputs and outputs on the CPU."""
+        self.kept = {}
+        return self.model(**inputs)
+
+    def _prepare_rest(self, layers: str) -> None:
+        """Read what is outside the layers; embeddings of tokens become look-ups in the file."""
+        rest = [name for name, _ in self.model.named_parameters() if not name.startswith(layers)]
+        for name in rest:
+            path, _, leaf = name.rpartition(".")
+            owner = self.model.get_submodule(path)
+            if isinstance(owner, nn.Embedding):
+                owner.forward = self._look_up(name)  # type: ignore[method-assign, assignment]
+            else:
+                setattr(owner, leaf, nn.Parameter(self._weights.read(name).dense(self._dtype), requires_grad=False))
+
+    def _look_up(self, name: str) -> Callable[[Tensor], Tensor]:
+        def embed(ids: Tensor) -> Tensor:
+            distinct, back = ids.unique(return_inverse=True)
+            return self._weights.rows(name, distinct).to(self._dtype)[back]
+
+        return embed
+
+    def _in_turn(self, layer: nn.Module, path: str, number: int) -> Callable[..., Any]:
+        """The layer's forward [n s d] -> [n s d], from weights that are there for its duration only."""
+        inner = layer.forward
+
+        def forward(states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            names = [name for name, _ in layer.named_parameters()]
+            tensors = {name: self._weights.read(path + name).dense(self._dtype, self._device) for name in names}
+            layer.load_state_dict(tensors, assign=True)
+            del tensors
+            rest: tuple[Any, ...] | None = None
+            for start in range(0, len(states), _AT_ONCE):
+                part = slice(start, start + _AT_ONCE)
+                moved = [self._cut(value, part, len(states)) for value in args]
+                named = {key: self._cut(value, part, len(states)) for key, value in kwargs.items()}
+                out = inner(states[part].to(self._device), *moved, **named)
+                first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+                states[part] = first.to(states.device)
+            layer.to("meta")
+            if number in self._keep:
+                self.kept[number] = states.clone()
+            return states if rest is None else (states, *rest)
+
+        return forward
+
+    def _cut(self, value: Any, part: slice, texts: int) -> Any:
+        """A layer's argument for some of the texts, on the device: masks have a row a text, positions have one row."""
+        if isinstance(value, tuple):
+            return tuple(self._cut(inside, part, texts) for inside in value)
+        if not isinstance(value, Tensor):
+            return value
+        return (value[part] if value.ndim > 2 and len(value) == texts else value).to(self._device)
+
+
+def t5(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """T5 without a mask, as FLUX reads it: ids [n s] -> states [n s d]."""
+    from transformers import T5EncoderModel
+
+    encoder = _encoder(lambda config: T5EncoderModel(config).encoder, folder, device, layers="block")
+    return lambda ids: cast("Tensor", encoder(input_ids=ids).last_hidden_state)
+
+
+def clip_pooled(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """CLIP's state of the end token: ids [n s] -> [n d]."""
+    from transformers import CLIPTextModel
+
+    encoder = _encoder(CLIPTextModel, folder, device, layers="encoder.layers")
+    return lambda ids: cast("Tensor", encoder(input_ids=ids).pooler_output)
+
+
+def decoder_layers(folder: Path, device: torch.device, keep: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A language model's hidden states after some layers, side by side: ids, mask [n s] -> [n s len(keep) * d]."""
+    from transformers import AutoModel
+
+    build: Callable[[Any], nn.Module] = lambda config: AutoModel.from_config(config, dtype=torch.float32)  # noqa: E731
+    encoder = _encoder(build, folder, device, layers="layers", keep=keep)
+
+    def encode(ids: Tensor, mask: Tensor) -> Tensor:
+        encoder(input_ids=ids, attention_mask=mask, use_cache=False)
+        return torch.cat([encoder.kept[number] for number in keep], dim=-1)
+
+    return encode
+
+
+def text_config(folder: Path) -> Any:
+    """The configuration of a text encoder, of the language part where it has more."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return config.get_text_config()
+
+
+def tokenizer(folder: Path) -> Any:
+    """The tokenizer of a component folder; UserError when it cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} holds no tokenizer ({str(error).splitlines()[0]})", "fetch the folder again"
+        ) from error
+
+
+def in_waves(
+    texts: Sequence[str], bytes_each: int, encode: Callable[[Sequence[str]], Conditioning]
+) -> Iterator[Conditioning]:
+    """Encode as many texts together as `WAVE_BYTES` holds, and hand them out one by one."""
+    size = max(WAVE_BYTES // bytes_each, 1)
+    for start in range(0, len(texts), size):
+        wave = encode(texts[start : start + size])
+        yield from (wave[index : index + 1] for index in range(len(wave)))
+
+
+def states_bytes(length: int, width: int, device: torch.device, kept: int = 1) -> int:
+    """What one text of `length` tokens holds while it is encoded: its current states and those that are kept."""
+    return length * width * compute_dtype(device).itemsize * (1 + 2 * kept)
+
+
+def _encoder(
+    build: Callable[[Any], nn.Module], folder: Path, device: torch.device, *, layers: str, keep: Sequence[int] = ()
+) -> LayerByLayer:
+    """A network of transformers over the safetensors of a folder, whatever prefix they give its names.
+
+    T5's token embedding bears the name that its encoder and decoder share.
+    """
+    with init_empty_weights():
+        model = build(text_config(folder))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    weights = open_folder(folder)
+    first = next(name for name in shapes if name.startswith(f"{layers}."))
+    prefixes = [name.removesuffix(first) for name in weights.shapes if name.endswith(first)]
+    prefixes = [prefix for prefix in prefixes if "decoder" not in prefix]
+    if len(prefixes) != 1:
+        raise UserError(f"{folder} holds no {first} of a text encoder", "fetch the folder again")
+    own = weights.renamed({"shared.weight": f"{prefixes[0]}embed_tokens.weight"}).below(prefixes[0])
+    own.expect(shapes, more=True)
+    return LayerByLayer(model, own, device, layers=layers, keep=keep)

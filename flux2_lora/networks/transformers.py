@@ -1,0 +1,97 @@
+"""Transformers before their weights: which one a file holds, its configuration, its shape without memory.
+
+Law: a file is recognised by its tensors. A single file carries no configuration, so everything that its transformer is
+built from (width, blocks, text width, guidance) is read off the shapes; what is left is the same for all its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accelerate import init_empty_weights
+from torch import nn
+
+from flux2_lora.errors import UserError
+from flux2_lora.sources import ModelFiles, check_class
+from flux2_lora.weights import Weights, open_file, open_folder, read_json
+
+Shapes = Mapping[str, tuple[int, ...]]
+_REMEDY = "model.path takes the transformer: a Diffusers folder, a hub id, or a file of the diffusion model"
+
+
+def open_transformer(files: ModelFiles, kind: type[nn.Module], architecture: str, family: str) -> Weights:
+    """The transformer's tensors by Diffusers' names; UserError for anything but a whole one of this kind."""
+    if files.transformer.is_file():
+        weights = open_file(files.transformer, architecture)
+        _refuse_other_files(files, weights.shapes, architecture)
+        return weights
+    check_class(files.transformer, [kind.__name__], family)
+    return open_folder(files.transformer)
+
+
+def empty_transformer(
+    files: ModelFiles, kind: type[nn.Module], weights: Weights, read_off: Callable[[Shapes], dict[str, Any]]
+) -> nn.Module:
+    """The transformer on the meta device, in evaluation mode; UserError unless `weights` has exactly its tensors."""
+    one_file = files.transformer.is_file()
+    config = read_off(weights.shapes) if one_file else read_json(files.transformer / "config.json")
+    with init_empty_weights():
+        known = {key: value for key, value in config.items() if not key.startswith("_")}
+        transformer = kind(**known)
+    weights.expect({name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()})
+    return transformer.eval()
+
+
+def block_linears(transformer: nn.Module) -> list[str]:
+    """Paths of the Linears inside the blocks, which are the members of the model's ModuleLists; adapted or not."""
+    blocks = {name for name, child in transformer.named_children() if isinstance(child, nn.ModuleList)}
+    return [
+        path.removesuffix(".base_layer")
+        for path, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and path.partition(".")[0] in blocks and ".lora_" not in path
+    ]
+
+
+def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:
+    """A tensor's shape; UserError that names it when it is missing."""
+    if name not in shapes:
+        raise UserError(f"the transformer's file lacks {name}", "the file is incomplete; fetch it again")
+    return shapes[name]
+
+
+def blocks_of(shapes: Shapes, kind: str) -> int:
+    """How many blocks stand under `kind`: transformer_blocks or single_transformer_blocks."""
+    return len({name.split(".")[1] for name in shapes if name.startswith(f"{kind}.")})
+
+
+def _refuse_other_files(files: ModelFiles, shapes: Shapes, architecture: str) -> None:
+    """UserError that says what the file is, where it is no transformer of `architecture`."""
+    found = _kind_of(shapes)
+    if found != architecture:
+        named = {"flux1": "a FLUX.1 transformer", "flux2": "a FLUX.2 transformer"}
+        remedy = "choose a model of its family with model=..." if found in named else _REMEDY
+        raise UserError(
+            f"model.path={files.transformer} is {named.get(found, found)}, not {named[architecture]}", remedy
+        )
+
+
+def _kind_of(shapes: Shapes) -> str:
+    """The architecture whose names the tensors have, or what else they look like, in words."""
+
+    def any_of(*parts: str) -> bool:
+        return any(part in f".{name}" for name in shapes for part in parts)
+
+    if any_of(".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lokr_", ".hada_"):
+        return "a LoRA"
+    if any_of(".single_transformer_blocks.", ".transformer_blocks."):
+        if any_of(".single_stream_modulation."):
+            return "flux2"
+        if any_of(".time_text_embed."):
+            return "flux1"
+        return "a transformer of another architecture"
+    if any_of(".decoder.mid", ".decoder.up"):
+        return "a VAE"
+    if any_of(".layers.", ".encoder.block.", ".text_model."):
+        return "a text encoder"
+    return "no transformer"
