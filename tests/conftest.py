@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from flux2_lora import cli
 from flux2_lora.bundled import share
 from flux2_lora.families import Model, ModelFamily, ModelSpec, load_family, open_model
 from flux2_lora.networks.transformers import block_linears
@@ -17,6 +19,18 @@ from flux2_lora.quantize import FrozenLinear
 from flux2_lora.weights import Stored
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: exit code and both streams."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +87,20 @@ def quantised(transformer: nn.Module, kind: str = "fp8") -> nn.Module:
         stored = Stored(values=linear.weight.detach())
         transformer.set_submodule(path, FrozenLinear(stored, linear.bias, kind, dtype=linear.weight.dtype))
     return transformer
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """Run `flux2-lora <arguments>` in an empty folder, in this process: one import of torch serves all."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Outcome:
+        capfd.readouterr()
+        try:
+            code = cli.main(list(arguments))
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        streams = capfd.readouterr()
+        return Outcome(code or 0, streams.out, streams.err)
+
+    return run

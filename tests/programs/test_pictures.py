@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from flux2_lora.bundled import share
-from tests.programs.conftest import Command
+from tests.conftest import Command
 
 QUICK = ("steps=2", "device=cpu")
 FACE = share() / "data/demo/validation/grinning-face.png"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.programs.conftest import Command
+from tests.conftest import Command
 
 
 @pytest.fixture

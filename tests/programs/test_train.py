@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from flux2_lora.training.tracking import StepBar
-from tests.programs.conftest import SHORT, Command
+from tests.conftest import Command
+from tests.programs.conftest import SHORT
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "train_losses.json"
 
