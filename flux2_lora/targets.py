@@ -54,7 +54,7 @@ def parse(entry: str) -> Target:
     kind = next((word for word in words if word in _KINDS), None)
     unknown = [word for word in words if word and word not in (blocks, kind)]
     ranged = found is not None and found["start"] is not None
-    if found is None or unknown or (ranged and blocks is None):
+    if found is None or unknown or (blocks is None and (ranged or kind is None)):
         wrong = unknown[0] if unknown else entry
         raise UserError(
             f"adapter.targets names {entry!r}, which is no group of projections",

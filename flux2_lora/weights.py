@@ -77,6 +77,11 @@ class Weights:
         with _opened(place.file) as file:
             values = _rows(file, place.key, place).clone()
             scale = None if place.scale is None else _scale(file, place, self.shapes[name][0])
+        if scale is None and _looks_scaled(values):
+            raise UserError(
+                f"{place.file} holds {place.key} in FP8 up to 448, as only scaled weights are, but without its scale",
+                "the file was converted wrongly; fetch it from its first source",
+            )
         if place.swapped:
             values = torch.cat(values.chunk(2)[::-1])
             scale = scale if scale is None or len(scale) == 1 else torch.cat(scale.chunk(2)[::-1])
@@ -156,6 +161,7 @@ def open_file(path: Path, architecture: str) -> Weights:
     prefix = next(p for p in _PREFIXES if not p or any(key.startswith(p) for key in header))
     tensors = {key.removeprefix(prefix): (key, shape) for key, (shape, _) in header.items() if key.startswith(prefix)}
     scales = _take_scales(path, tensors)
+    _refuse_lost_scales(path, tensors, header, scales)
     for key in [k for k in tensors if k.endswith(_NOT_IN_W) or k == "scaled_fp8"]:
         del tensors[key]
     named = _diffusers_names(tensors, architecture)
@@ -253,14 +259,36 @@ def _take_scales(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) ->
     return scales
 
 
+def _refuse_lost_scales(
+    path: Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    header: Mapping[str, tuple[tuple[int, ...], str]],
+    scales: Mapping[str, str],
+) -> None:
+    """UserError where the file calls itself scaled, or a layer does, and an FP8 weight has no scale."""
+    fp8 = [k for k, (actual, _) in tensors.items() if k.endswith(".weight") and header[actual][1].startswith("F8_")]
+    lost = [
+        key
+        for key in fp8
+        if key not in scales and ("scaled_fp8" in tensors or f"{key.rpartition('.')[0]}.comfy_quant" in tensors)
+    ]
+    if lost:
+        raise UserError(f"{path} says that it is scaled, but has no scale for {listed(lost, 3)}", _REMEDY)
+
+
+def _looks_scaled(values: Tensor) -> bool:
+    """Whether e4m3 values reach +-448 (bytes 7e and fe): a plain cast of a model's weights stays below 10 or so."""
+    return values.dtype == torch.float8_e4m3fn and bool((values.view(torch.uint8) & 0x7F == 0x7E).any())
+
+
 def _refuse_quantisation(path: Path, header: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
     """UserError unless every tensor is a float, in FP8 with at most one scale, as far as the file says."""
     foreign = [key for key in header if key.endswith(_OTHER_FORMATS)]
     if foreign:
         raise UserError(f"{path} is quantised in a format other than FP8 ({listed(foreign, 2)})", _REMEDY)
-    for key, (_, dtype) in header.items():
-        if not key.endswith(".comfy_quant"):
-            _refuse_format(path, key, dtype)
+    for key, (shape, dtype) in header.items():
+        if len(shape) > 1 and dtype not in _NUMBERS:
+            raise UserError(f"{path} holds {key} as {dtype}, which is no number format of a base model", _REMEDY)
     with _opened(path) as file:
         declared = {k: bytes(file.get_tensor(k).tolist()) for k in header if k.endswith(".comfy_quant")}
         written = (file.metadata() or {}).get("_quantization_metadata")
@@ -283,11 +311,6 @@ def _parsed(path: Path, key: str, raw: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} describes its quantisation in {key} with no JSON", _REMEDY) from error
     return content if isinstance(content, dict) else {}
-
-
-def _refuse_format(path: Path, key: str, dtype: str) -> None:
-    if dtype not in _NUMBERS:
-        raise UserError(f"{path} holds {key} as {dtype}, which is no number format of a base model", _REMEDY)
 
 
 def _index(folder: Path) -> set[str]:
