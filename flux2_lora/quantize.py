@@ -57,8 +57,7 @@ def _by_scale(values: Tensor, scale: Tensor, dtype: torch.dtype, _: tuple[int, i
 
 
 def _by_nf4(values: Tensor, scale: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
-    import bitsandbytes  # noqa: F401 - registers the operators
-
+    """The operator is there since bitsandbytes was imported to quantise."""
     rebuilt: Tensor = torch.ops.bitsandbytes.dequantize_4bit(values, scale, _NF4_BLOCK, "nf4", shape, dtype)
     return rebuilt
 

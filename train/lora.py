@@ -38,7 +38,7 @@ from flux2_lora.quantize import PrecisionSpec, load_frozen, stored_bytes
 from flux2_lora.targets import resolve
 from flux2_lora.training.encoding import CachedSamples, Encoder, encode_samples
 from flux2_lora.training.interrupt import Interrupt
-from flux2_lora.training.memory import MemorySpec
+from flux2_lora.training.memory import MemorySpec, compile_blocks
 from flux2_lora.training.optimizers import OptimizerSpec, learning_rate, make_optimizer
 from flux2_lora.training.state import Checkpoint, latest_checkpoint, open_checkpoint, restore, save_checkpoint
 from flux2_lora.training.step import Batch, Sample, batches, training_loss
@@ -120,6 +120,8 @@ def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the or
     )
     if config.memory.checkpointing(device):
         transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    if config.memory.compile:
+        compile_blocks(transformer)
 
     # 4. Accelerate places the model and steps the optimizer; a checkpoint puts the numbers back.
     accelerator = Accelerator(

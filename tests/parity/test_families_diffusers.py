@@ -19,6 +19,7 @@ from flux2_lora.flow import TimestepSpec
 from flux2_lora.inference.pipeline import Prompted, velocity_of
 from flux2_lora.latents import pack, unpack
 from flux2_lora.quantize import PrecisionSpec, load_frozen
+from flux2_lora.training.memory import compile_blocks
 from flux2_lora.training.step import Batch, training_loss
 from tests.conftest import Command
 from tests.miniatures import MINIATURES, Miniature
@@ -154,7 +155,17 @@ def test_gradients_on_a_quantised_base_point_where_those_of_float32_do(pair: Pai
     assert not torch.equal(exact, plain)
 
 
-def gradients(model: Model, kind: str, *, checkpointing: bool) -> Tensor:
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", ["flux1", "flux2_klein"], indirect=True)  # the other families have these blocks
+@pytest.mark.parametrize(("kind", "checkpointing"), [("fp8", True), ("fp8", False), ("nf4", True)])
+def test_compiled_blocks_have_one_graph_and_the_same_gradients(pair: Pair, kind: str, checkpointing: bool) -> None:  # noqa: FBT001
+    torch.compiler.reset()
+    plain = gradients(pair.model, kind, checkpointing=checkpointing)
+    compiled = gradients(pair.model, kind, checkpointing=checkpointing, backend="aot_eager")
+    torch.testing.assert_close(compiled, plain, atol=1e-6, rtol=1e-4)
+
+
+def gradients(model: Model, kind: str, *, checkpointing: bool, backend: str | None = None) -> Tensor:
     """One step's LoRA gradients as one vector; up matrices have values, so that all factors receive some."""
     transformer = load_frozen(model, PrecisionSpec(base=kind), CPU)
     assert attach(transformer, model.family.architecture, AdapterSpec(rank=4), seed=0) == len(model.projections())
@@ -165,6 +176,8 @@ def gradients(model: Model, kind: str, *, checkpointing: bool) -> Tensor:
             up.copy_(0.02 * torch.randn(up.shape, generator=noise))
     if checkpointing:
         transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    if backend:
+        compile_blocks(transformer, backend, fullgraph=True)
     texts = stack(list(model.load_prompt_encoder(CPU)(PROMPTS[:2])))
     latents = torch.randn(2, model.family.latent_channels, 4, 4, generator=noise)
     batch = Batch(latents=latents, conditioning=texts, keys=("a", "b"))
