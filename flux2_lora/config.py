@@ -189,16 +189,46 @@ def _leaves(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _literal(argument: str, schema: type) -> str:
-    """Quote the value of a text option, so that folders and prompts may hold commas, spaces and equals signs."""
+    """Quote the values of text options: folders, prompts and block ranges may hold commas, brackets and signs."""
     name, equals, value = argument.partition("=")
     quoted = value.startswith(("'", '"', "${")) or value in ("null", "")
-    if not equals or quoted or not _is_text(schema, name.split(".")):
+    if not equals or quoted:
         return argument
-    return f"{name}='" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    kind = _kind_of(schema, name.split("."))
+    if kind is str or kind == (str | None):
+        return f"{name}={_quoted(value)}"
+    if kind == list[str] and value.startswith("[") and value.endswith("]"):
+        return f"{name}=[{','.join(_quoted(item) for item in _items(value[1:-1]))}]"
+    return argument
 
 
-def _is_text(schema: type, path: list[str]) -> bool:
+def _quoted(text: str) -> str:
+    if text.startswith("${") or (text[:1] in ("'", '"') and text[-1:] == text[:1] and len(text) > 1):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _items(inside: str) -> list[str]:
+    """Split a list at the commas that stand in no quotes and no brackets; blanks around the items go."""
+    items, depth, quote = [""], 0, ""
+    for mark in inside:
+        if quote:
+            quote = "" if mark == quote else quote
+        elif mark in "'\"" and not items[-1].strip():
+            quote = mark
+        else:
+            depth += (mark == "[") - (mark == "]")
+        if mark == "," and not quote and depth == 0:
+            items.append("")
+        else:
+            items[-1] += mark
+    stripped = [item.strip() for item in items]
+    return stripped if any(stripped) else []
+
+
+def _kind_of(schema: type, path: list[str]) -> Any:
+    """The type of a dotted option, None where there is no such option."""
     kind: Any = typing.get_type_hints(schema).get(path[0])
     if len(path) > 1:
-        return dataclasses.is_dataclass(kind) and _is_text(typing.cast("type", kind), path[1:])
-    return kind is str or kind == (str | None)
+        return _kind_of(typing.cast("type", kind), path[1:]) if dataclasses.is_dataclass(kind) else None
+    return kind

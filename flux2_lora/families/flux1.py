@@ -41,10 +41,8 @@ class Flux1:
         return {"vae": ("AutoencoderKL",), **self.text.parts}
 
     def check(self, files: ModelFiles) -> Weights:
-        from diffusers import FluxTransformer2DModel
-
         check_folders(files, list(self.parts), self.name)
-        weights = open_transformer(files, FluxTransformer2DModel, self.architecture, self.name)
+        weights = open_transformer(files, "FluxTransformer2DModel", self.architecture, self.name)
         channels = weights.shapes.get("x_embedder.weight", (0, self.latent_channels))[1]
         if channels != self.latent_channels:
             raise UserError(

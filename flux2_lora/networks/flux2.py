@@ -40,10 +40,8 @@ class Flux2:
         return {"vae": ("AutoencoderKLFlux2",), **self.text.parts}
 
     def check(self, files: ModelFiles) -> Weights:
-        from diffusers import Flux2Transformer2DModel
-
         check_folders(files, list(self.parts), self.name)
-        weights = open_transformer(files, Flux2Transformer2DModel, self.architecture, self.name)
+        weights = open_transformer(files, "Flux2Transformer2DModel", self.architecture, self.name)
         check_components(files, self.parts, self.name, self.text, weights)
         self.empty_transformer(files, weights)
         return weights

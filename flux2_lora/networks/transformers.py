@@ -20,13 +20,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 _REMEDY = "model.path takes the transformer: a Diffusers folder, a hub id, or a file of the diffusion model"
 
 
-def open_transformer(files: ModelFiles, kind: type[nn.Module], architecture: str, family: str) -> Weights:
-    """The transformer's tensors by Diffusers' names; UserError for anything but a whole one of this kind."""
+def open_transformer(files: ModelFiles, kind: str, architecture: str, family: str) -> Weights:
+    """The transformer's tensors by Diffusers' names; UserError for anything but a whole one of this class."""
     if files.transformer.is_file():
         weights = open_file(files.transformer, architecture)
         _refuse_other_files(files, weights.shapes, architecture)
         return weights
-    check_class(files.transformer, [kind.__name__], family)
+    check_class(files.transformer, [kind], family)
     return open_folder(files.transformer)
 
 
