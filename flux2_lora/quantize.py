@@ -160,8 +160,8 @@ def stored_bytes(module: nn.Module) -> int:
 def _quantized(stored: Stored, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """(values, scale) of a kind, on the device."""
     if kind == "fp8" and stored.values.dtype in _FP8:
-        scale = torch.ones(1, 1) if stored.scale is None else stored.scale
-        return stored.values.to(device), scale.to(device)
+        kept = stored.to(device)
+        return kept.values, torch.ones(1, 1, device=device) if kept.scale is None else kept.scale
     weight = stored.values.to(device) if stored.scale is None else stored.dense(torch.float32, device)
     if kind == "nf4":
         return _nf4(weight)

@@ -1,8 +1,8 @@
 """A model's weights as they lie in safetensors files, under Diffusers' names, one tensor in memory at a time.
 
 Law: W = scale * values, with the very bytes of the file, and nothing is guessed. Opening reads headers only and settles
-all that can be wrong: a truncated file, an unknown number format, scales that belong to no weight. Reading maps one
-tensor, copies the rows that are asked for, and unmaps the file again, so that a 24 GB file never counts as memory.
+all that can be wrong: a truncated file, an unknown number format, scales that belong to no weight. Reading opens the
+file for one tensor and maps it; what is not kept is unmapped with it, so that a 24 GB file never counts as memory.
 Pickles are never opened.
 
 Spellings of scaled FP8 after ComfyUI (QUANTIZATION.md, and its reader of older files) and BFL's releases:
@@ -38,17 +38,24 @@ _REMEDY = "give a safetensors file in bf16, fp16, fp32, fp8 or scaled fp8"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stored:
-    """A tensor as a file has it: scale * values. values: its shape; scale: float32 [1 1] or [out 1], or None for 1."""
+    """A tensor as a file has it: scale * values. values: its shape; scale: float32 [1 1] or [out 1], or None for 1.
+
+    values are a view of the mapped file, which stays mapped as long as they live: `dense` and `to` copy.
+    """
 
     values: Tensor
     scale: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> Stored:
+        """A copy on a device, byte for byte."""
+        scale = None if self.scale is None else self.scale.to(device, copy=True)
+        return Stored(values=self.values.to(device, copy=True), scale=scale)
+
     def dense(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """The tensor itself, rounded once."""
-        values = self.values.to(device)
+        """A copy of the tensor itself, rounded once."""
         if self.scale is None:
-            return values.to(dtype)
-        return (values.float() * self.scale.to(device)).to(dtype)
+            return self.values.to(device, dtype, copy=True)
+        return (self.values.to(device).float() * self.scale.to(device)).to(dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +79,10 @@ class Weights:
         self._places = places
 
     def read(self, name: str) -> Stored:
-        """Copy one tensor; its file is closed again. KeyError for an unknown name."""
+        """Map one tensor. KeyError for an unknown name, UserError for FP8 that has lost its scale."""
         place = self._places[name]
         with _opened(place.file) as file:
-            values = _rows(file, place.key, place).clone()
+            values = _rows(file, place.key, place)
             scale = None if place.scale is None else _scale(file, place, self.shapes[name][0])
         if scale is None and _looks_scaled(values):
             raise UserError(
@@ -329,7 +336,7 @@ def _rows(file: Any, key: str, place: _Place) -> Tensor:
 
 def _scale(file: Any, place: _Place, rows: int) -> Tensor:
     """[1 1], or [rows 1] cut like the weight."""
-    scale: Tensor = file.get_tensor(place.scale).float().reshape(-1, 1).clone()
+    scale: Tensor = file.get_tensor(place.scale).float().reshape(-1, 1)
     return scale if len(scale) == 1 else scale[place.start : place.start + rows]
 
 

@@ -61,9 +61,7 @@ class Flux1:
         return weights
 
     def empty_transformer(self, files: ModelFiles, weights: Weights) -> nn.Module:
-        from diffusers import FluxTransformer2DModel
-
-        return empty_transformer(files, FluxTransformer2DModel, weights, _read_off)
+        return empty_transformer(files, "FluxTransformer2DModel", weights, _read_off)
 
     def load_vae(self, files: ModelFiles, device: torch.device) -> nn.Module:
         from diffusers import AutoencoderKL

@@ -47,9 +47,7 @@ class Flux2:
         return weights
 
     def empty_transformer(self, files: ModelFiles, weights: Weights) -> nn.Module:
-        from diffusers import Flux2Transformer2DModel
-
-        return empty_transformer(files, Flux2Transformer2DModel, weights, _read_off)
+        return empty_transformer(files, "Flux2Transformer2DModel", weights, _read_off)
 
     def load_vae(self, files: ModelFiles, device: torch.device) -> nn.Module:
         from diffusers import AutoencoderKLFlux2

@@ -30,17 +30,24 @@ def open_transformer(files: ModelFiles, kind: str, architecture: str, family: st
     return open_folder(files.transformer)
 
 
+def on_meta(kind: str, config: Mapping[str, Any]) -> nn.Module:
+    """A transformer of Diffusers without memory, in evaluation mode."""
+    import diffusers
+
+    with init_empty_weights():
+        transformer: nn.Module = getattr(diffusers, kind)(**config)
+    return transformer.eval()
+
+
 def empty_transformer(
-    files: ModelFiles, kind: type[nn.Module], weights: Weights, read_off: Callable[[Shapes], dict[str, Any]]
+    files: ModelFiles, kind: str, weights: Weights, read_off: Callable[[Shapes], dict[str, Any]]
 ) -> nn.Module:
     """The transformer on the meta device, in evaluation mode; UserError unless `weights` has exactly its tensors."""
     one_file = files.transformer.is_file()
     config = read_off(weights.shapes) if one_file else read_json(files.transformer / "config.json")
-    with init_empty_weights():
-        known = {key: value for key, value in config.items() if not key.startswith("_")}
-        transformer = kind(**known)
+    transformer = on_meta(kind, {key: value for key, value in config.items() if not key.startswith("_")})
     weights.expect({name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()})
-    return transformer.eval()
+    return transformer
 
 
 def block_linears(transformer: nn.Module) -> list[str]:

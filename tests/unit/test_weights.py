@@ -388,11 +388,17 @@ def test_a_folder_of_pickles_is_refused(tmp_path: Path) -> None:
     assert "pickled weights are not opened" in error.value.remedy
 
 
-def test_what_is_read_holds_no_mapping_of_the_file(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(4, 4)}, tmp_path / "a.safetensors")
-    read = open_folder(tmp_path).read("a").values
-    assert str(tmp_path) not in Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else True
-    assert torch.equal(read, torch.ones(4, 4))
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("kind", ["fp8", "bf16"])
+def test_a_loaded_transformer_holds_no_mapping_of_its_file(original: Original, kind: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "model.safetensors", by_row(original))
+    model = original.open(path)
+    view = model.weights.read("proj_out.weight")
+    assert str(path) in Path("/proc/self/maps").read_text()
+    del view
+    transformer = load_frozen(model, PrecisionSpec(base=kind), CPU)
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert transformer.training is False
 
 
 def test_frozen_transformers_hold_no_trainable_parameter(original: Original) -> None:
