@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flux2_lora.conditioning import Conditioning
+from flux2_lora.errors import UserError
 from flux2_lora.networks.text import (
     PromptEncoder,
     clip_pooled,
@@ -96,6 +97,8 @@ class ChatText:
 
     def load(self, components: Path, device: torch.device, length: int | None) -> PromptEncoder:
         words, size = tokenizer(components / "tokenizer"), length or LONGEST
+        if words.chat_template is None:
+            raise UserError(f"{components / 'tokenizer'} has no chat template", "fetch the folder again")
         states = decoder_layers(components / "text_encoder", device, self.layers)
 
         def encode(wave: Sequence[str]) -> Conditioning:

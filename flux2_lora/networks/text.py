@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.devices import compute_dtype
 from flux2_lora.errors import UserError
-from flux2_lora.weights import Weights, open_folder
+from flux2_lora.weights import Weights, open_folder, read_json
 
 PromptEncoder = Callable[[Sequence[str]], Iterator[Conditioning]]
 """Texts -> one Conditioning of batch 1 for each, in order, on the CPU."""
@@ -154,15 +154,20 @@ def text_config(folder: Path) -> Any:
 
 
 def tokenizer(folder: Path) -> Any:
-    """The tokenizer of a component folder; UserError when it cannot be read."""
+    """The tokenizer of a component folder; UserError when it cannot be read.
+
+    A processor's folder may keep the chat template in a JSON file of its own, which tokenizers do not look for.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} holds no tokenizer ({str(error).splitlines()[0]})", "fetch the folder again"
-        ) from error
+        what = f"{folder} holds no tokenizer ({str(error).splitlines()[0]})"
+        raise UserError(what, "fetch the folder again") from error
+    if words.chat_template is None and (folder / "chat_template.json").is_file():
+        words.chat_template = read_json(folder / "chat_template.json").get("chat_template")
+    return words
 
 
 def in_waves(

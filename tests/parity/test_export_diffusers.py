@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel, FluxPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -100,3 +100,42 @@ def test_a_wrong_alpha_fails_this_comparison(exported: tuple[Path, dict[str, Ten
     save_file(tensors, path)
     wrong = {name for name, error in differences(path, state).items() if error > 1e-6}
     assert wrong == {f"transformer_blocks.0.attn.to_{part}" for part in "qkv"}
+
+
+FLUX1 = {
+    **{f"transformer_blocks.3.attn.{leaf}": 3072 for leaf in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")},
+    **{f"transformer_blocks.3.attn.add_{part}_proj": 3072 for part in "qkv"},
+    **{f"transformer_blocks.3.{ff}.net.{leaf}": 3072 for ff in ("ff", "ff_context") for leaf in ("0.proj", "2")},
+    **{f"single_transformer_blocks.7.attn.to_{part}": 3072 for part in "qkv"},
+    "single_transformer_blocks.7.proj_mlp": 4 * 3072,
+    "single_transformer_blocks.7.proj_out": 3072,
+}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "absent"),
+    [({}, ""), ({"proj_mlp": 8}, ""), ({"to_q": 2, "to_k": 6}, ""), ({}, "proj_mlp"), ({}, ".to_k")],
+    ids=["one rank", "a rank for mlp", "three ranks", "no proj_mlp", "no to_k"],
+)
+def test_diffusers_reads_every_update_of_flux1(ranks: dict[str, int], absent: str, tmp_path: Path) -> None:
+    """At FLUX.1's real heights, which its converter has written into it, and five columns."""
+    rng = torch.Generator().manual_seed(2)
+    state: dict[str, Tensor] = {}
+    for name, height in FLUX1.items():
+        rank = next((r for part, r in ranks.items() if name.endswith(part)), RANK)
+        if not absent or not name.endswith(absent):
+            state[f"{name}.lora_A.weight"] = 0.1 * torch.randn(rank, 5, generator=rng)
+            state[f"{name}.lora_B.weight"] = 0.1 * torch.randn(height, rank, generator=rng)
+    path = tmp_path / "style.safetensors"
+    proofs = export_universal(
+        state, RANK, ALPHA, path, architecture="flux1", dtype=torch.float32, header={"format": "pt"}
+    )
+    assert all(proof.matched == proof.total > 0 for proof in proofs)
+    read = FluxPipeline.lora_state_dict(tmp_path, weight_name=path.name, local_files_only=True)
+    found = {key.removeprefix("transformer."): tensor for key, tensor in read.items()}
+    for name, height in FLUX1.items():
+        down, up = (found[f"{name}.lora_{half}.weight"] for half in "AB")
+        trained = f"{name}.lora_A.weight" in state
+        wanted = ALPHA / RANK * state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"] if trained else 0.0
+        assert up.shape[0] == height
+        assert (up @ down - wanted).abs().max() < 1e-6, name

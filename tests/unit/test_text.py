@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -132,3 +133,20 @@ def test_a_missing_tensor_of_the_text_encoder_is_named(tmp_path: Path) -> None:
     model = open_model(ModelSpec(family="flux2_klein", path=str(folder), title="", architecture_name=""))
     with pytest.raises(UserError, match=r"1 missing \(layers\.3\.mlp\.up_proj\.weight\)"):
         model.load_prompt_encoder(CPU)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_chat_template_in_a_file_of_its_own_is_found(kept: bool, tmp_path: Path) -> None:  # noqa: FBT001
+    MINIATURES["flux2_dev"].build(tmp_path)
+    model = open_model(ModelSpec(family="flux2_dev", path=str(tmp_path), title="", architecture_name=""))
+    before = next(iter(model.load_prompt_encoder(CPU)(["a cat"]))).embeds
+    template = tmp_path / "tokenizer" / "chat_template.jinja"
+    if kept:
+        content = json.dumps({"chat_template": template.read_text()})
+        (tmp_path / "tokenizer" / "chat_template.json").write_text(content)
+    template.unlink()
+    if kept:
+        assert torch.equal(next(iter(model.load_prompt_encoder(CPU)(["a cat"]))).embeds, before)
+    else:
+        with pytest.raises(UserError, match="has no chat template"):
+            model.load_prompt_encoder(CPU)
