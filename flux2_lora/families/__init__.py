@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.errors import UserError, did_you_mean
 from flux2_lora.keys import is_target
+from flux2_lora.networks.components import TextEncoders, check_widths, load_autoencoder
 from flux2_lora.networks.text import PromptEncoder
+from flux2_lora.networks.transformers import empty_transformer, open_transformer
 from flux2_lora.options import option
-from flux2_lora.sources import ModelFiles, is_distilled, locate
+from flux2_lora.sources import ModelFiles, check_folders, check_parts, is_distilled, locate
 from flux2_lora.weights import Weights
 
 
@@ -59,7 +61,7 @@ class ModelSpec:
 
 
 class ModelFamily(Protocol):
-    """One model architecture with its text encoder and VAE.
+    """One model architecture with its text encoders and VAE: all that differs between models, and nothing else.
 
     latents: [b c h w] with h, w in tokens; pixels: [b 3 H W] in [-1, 1] with H, W multiples of `pixels_per_token`.
     """
@@ -72,28 +74,24 @@ class ModelFamily(Protocol):
         """Row of flux2_lora.keys that names this transformer's weights."""
 
     @property
+    def transformer_class(self) -> str:
+        """Diffusers' class of the transformer."""
+
+    @property
+    def vae_class(self) -> str:
+        """Diffusers' class of the autoencoder."""
+
+    @property
+    def text(self) -> TextEncoders: ...
+
+    @property
     def latent_channels(self) -> int: ...
 
     @property
     def pixels_per_token(self) -> int: ...
 
-    @property
-    def parts(self) -> Mapping[str, tuple[str, ...]]:
-        """Folders beside the transformer -> the classes each may hold; none for a tokenizer."""
-
-    def check(self, files: ModelFiles) -> Weights:
-        """The transformer's tensors; UserError unless all is of this family, whole and fits together.
-
-        Reads configurations and headers only.
-        """
-
-    def empty_transformer(self, files: ModelFiles, weights: Weights) -> nn.Module:
-        """The transformer on the meta device; UserError unless `weights` has exactly its tensors."""
-
-    def load_vae(self, files: ModelFiles, device: torch.device) -> nn.Module: ...
-
-    def load_prompt_encoder(self, files: ModelFiles, device: torch.device, length: int | None = None) -> PromptEncoder:
-        """Prompts -> conditionings; length: tokens to pad or cut to, None for the family's own."""
+    def configuration(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """What the transformer is built with, read off its tensors, for files that carry no configuration."""
 
     def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         """Pixels -> normalised latents, the mode of the posterior."""
@@ -131,8 +129,9 @@ class Model:
     weights: Weights
 
     def empty_transformer(self) -> nn.Module:
-        """The transformer on the meta device."""
-        return self.family.empty_transformer(self.files, self.weights)
+        """The transformer on the meta device; UserError unless `weights` has exactly its tensors."""
+        family = self.family
+        return empty_transformer(self.files, family.transformer_class, self.weights, family.configuration)
 
     def projections(self) -> list[str]:
         """The Linears that may carry an adapter, read off the names of the weights: the N of "N of N"."""
@@ -140,10 +139,12 @@ class Model:
         return [name for name in linears if is_target(self.family.architecture, name)]
 
     def load_vae(self, device: torch.device) -> nn.Module:
-        return self.family.load_vae(self.files, device)
+        """The frozen autoencoder, float32."""
+        return load_autoencoder(self.family.vae_class, self.files, device)
 
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
-        return self.family.load_prompt_encoder(self.files, device, self.spec.max_sequence_length)
+        """Prompts -> conditionings; drop it to free what it holds."""
+        return self.family.text.load(self.files.components, device, self.spec.max_sequence_length)
 
     def refuse_distilled(self) -> None:
         """UserError for a base that was distilled to a few steps, unless the user insists."""
@@ -157,10 +158,25 @@ class Model:
 
 
 def open_model(spec: ModelSpec) -> Model:
-    """Find a model, or fetch it, and check all of it before any of it is loaded; UserError for what does not fit."""
+    """Find a model, or fetch it, and check all of it before any of it is loaded; UserError for what does not fit.
+
+    Reads configurations and headers only: all parts are there, of this family, whole, and fit together.
+    """
     family = load_family(spec.family)
-    files = locate(spec.path, spec.components, list(family.parts))
-    return Model(spec, family, files, family.check(files))
+    parts = parts_of(family)
+    files = locate(spec.path, spec.components, list(parts))
+    check_folders(files, list(parts), family.name)
+    weights = open_transformer(files, family.transformer_class, family.architecture, family.name)
+    check_parts(files, parts, family.name)
+    check_widths(files, weights, family.latent_channels, family.text)
+    model = Model(spec, family, files, weights)
+    model.empty_transformer()
+    return model
+
+
+def parts_of(family: ModelFamily) -> dict[str, tuple[str, ...]]:
+    """Folders beside the transformer -> the classes each may hold; none for a tokenizer."""
+    return {"vae": (family.vae_class,), **family.text.parts}
 
 
 def family_names() -> list[str]:

@@ -7,7 +7,6 @@ FluxPipeline draws it, before the patches are made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +15,9 @@ from torch import Tensor, nn
 
 from flux2_lora import latents as geometry
 from flux2_lora.conditioning import Conditioning
-from flux2_lora.errors import UserError
 from flux2_lora.flow import linear_mu
-from flux2_lora.networks.components import check_components, load_autoencoder
 from flux2_lora.networks.prompts import T5ClipText
-from flux2_lora.networks.text import PromptEncoder
-from flux2_lora.networks.transformers import Shapes, blocks_of, empty_transformer, open_transformer, shape_of
-from flux2_lora.sources import ModelFiles, check_folders
-from flux2_lora.weights import Weights
+from flux2_lora.networks.transformers import Shapes, blocks_of, compute_type, embedded_guidance, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,44 +26,26 @@ class Flux1:
 
     name: str = "flux1"
     architecture: str = "flux1"
+    transformer_class: str = "FluxTransformer2DModel"
+    vae_class: str = "AutoencoderKL"
     latent_channels: int = 64
     pixels_per_token: int = 16
     text: T5ClipText = field(default_factory=T5ClipText)
 
-    @property
-    def parts(self) -> Mapping[str, tuple[str, ...]]:
-        return {"vae": ("AutoencoderKL",), **self.text.parts}
-
-    def check(self, files: ModelFiles) -> Weights:
-        check_folders(files, list(self.parts), self.name)
-        weights = open_transformer(files, "FluxTransformer2DModel", self.architecture, self.name)
-        channels = weights.shapes.get("x_embedder.weight", (0, self.latent_channels))[1]
-        if channels != self.latent_channels:
-            raise UserError(
-                f"{files.transformer} takes {channels} channels: a Fill or Control model, which reads a picture too",
-                "give FLUX.1 dev, schnell or Krea",
-            )
-        check_components(files, self.parts, self.name, self.text, weights)
-        pooled = weights.shapes.get("time_text_embed.text_embedder.linear_1.weight", (0, 0))[1]
-        if pooled != self.text.pooled_width(files.components):
-            raise UserError(
-                f"CLIP of {files.option} gives {self.text.pooled_width(files.components)} channels, "
-                f"the transformer reads {pooled}",
-                "transformer and text encoders are of different models",
-            )
-        self.empty_transformer(files, weights)
-        return weights
-
-    def empty_transformer(self, files: ModelFiles, weights: Weights) -> nn.Module:
-        return empty_transformer(files, "FluxTransformer2DModel", weights, _read_off)
-
-    def load_vae(self, files: ModelFiles, device: torch.device) -> nn.Module:
-        from diffusers import AutoencoderKL
-
-        return load_autoencoder(AutoencoderKL, files, device)
-
-    def load_prompt_encoder(self, files: ModelFiles, device: torch.device, length: int | None = None) -> PromptEncoder:
-        return self.text.load(files.components, device, length)
+    def configuration(self, shapes: Shapes) -> dict[str, Any]:
+        """The configuration that a transformer of these tensors has."""
+        hidden, channels = shape_of(shapes, "x_embedder.weight")
+        head = shape_of(shapes, "transformer_blocks.0.attn.norm_q.weight")[0]
+        return {
+            "in_channels": channels,
+            "num_layers": blocks_of(shapes, "transformer_blocks"),
+            "num_single_layers": blocks_of(shapes, "single_transformer_blocks"),
+            "attention_head_dim": head,
+            "num_attention_heads": hidden // head,
+            "joint_attention_dim": shape_of(shapes, "context_embedder.weight")[1],
+            "pooled_projection_dim": shape_of(shapes, "time_text_embed.text_embedder.linear_1.weight")[1],
+            "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        }
 
     def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         config: Any = vae.config
@@ -93,20 +69,14 @@ class Flux1:
         conditioning: Conditioning,
         guidance: float | None = None,
     ) -> Tensor:
-        config: Any = transformer.config
-        height, width = latents.shape[2:]
-        dtype = transformer.get_submodule("x_embedder").weight.dtype
-        assert isinstance(dtype, torch.dtype)
+        dtype, (height, width) = compute_type(transformer), latents.shape[2:]
         assert conditioning.pooled is not None
-        embedded = None
-        if config.guidance_embeds:
-            embedded = torch.full((len(latents),), 1.0 if guidance is None else guidance, device=latents.device)
         packed = transformer(
             hidden_states=geometry.pack(latents).to(dtype),
             encoder_hidden_states=conditioning.embeds.to(dtype),
             pooled_projections=conditioning.pooled.to(dtype),
             timestep=sigmas.to(dtype),
-            guidance=embedded,
+            guidance=embedded_guidance(transformer, latents, guidance),
             img_ids=geometry.image_ids(height, width, latents.device)[:, :3],
             txt_ids=torch.zeros(conditioning.embeds.shape[1], 3, dtype=torch.long, device=latents.device),
             return_dict=False,
@@ -119,22 +89,6 @@ class Flux1:
     def inference_mu(self, transformer: nn.Module, tokens: int, steps: int) -> float:  # noqa: ARG002
         config: Any = transformer.config
         return linear_mu(tokens) if config.guidance_embeds else 0.0
-
-
-def _read_off(shapes: Shapes) -> dict[str, Any]:
-    """The configuration that a transformer of these tensors has."""
-    hidden, channels = shape_of(shapes, "x_embedder.weight")
-    head = shape_of(shapes, "transformer_blocks.0.attn.norm_q.weight")[0]
-    return {
-        "in_channels": channels,
-        "num_layers": blocks_of(shapes, "transformer_blocks"),
-        "num_single_layers": blocks_of(shapes, "single_transformer_blocks"),
-        "attention_head_dim": head,
-        "num_attention_heads": hidden // head,
-        "joint_attention_dim": shape_of(shapes, "context_embedder.weight")[1],
-        "pooled_projection_dim": shape_of(shapes, "time_text_embed.text_embedder.linear_1.weight")[1],
-        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
-    }
 
 
 FAMILY = Flux1()

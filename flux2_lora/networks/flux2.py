@@ -7,7 +7,6 @@ packed tokens, 16 x 16 pixels each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,9 @@ from torch import Tensor, nn
 from flux2_lora import latents as geometry
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.flow import linear_mu
-from flux2_lora.networks.components import TextEncoders, check_components, load_autoencoder
-from flux2_lora.networks.text import PromptEncoder
-from flux2_lora.networks.transformers import Shapes, blocks_of, empty_transformer, open_transformer, shape_of
+from flux2_lora.networks.components import TextEncoders
+from flux2_lora.networks.transformers import Shapes, blocks_of, compute_type, embedded_guidance, shape_of
 from flux2_lora.samplers import empirical_mu
-from flux2_lora.sources import ModelFiles, check_folders
-from flux2_lora.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,30 +28,26 @@ class Flux2:
     name: str
     text: TextEncoders
     architecture: str = "flux2"
+    transformer_class: str = "Flux2Transformer2DModel"
+    vae_class: str = "AutoencoderKLFlux2"
     latent_channels: int = 128
     pixels_per_token: int = 16
 
-    @property
-    def parts(self) -> Mapping[str, tuple[str, ...]]:
-        return {"vae": ("AutoencoderKLFlux2",), **self.text.parts}
-
-    def check(self, files: ModelFiles) -> Weights:
-        check_folders(files, list(self.parts), self.name)
-        weights = open_transformer(files, "Flux2Transformer2DModel", self.architecture, self.name)
-        check_components(files, self.parts, self.name, self.text, weights)
-        self.empty_transformer(files, weights)
-        return weights
-
-    def empty_transformer(self, files: ModelFiles, weights: Weights) -> nn.Module:
-        return empty_transformer(files, "Flux2Transformer2DModel", weights, _read_off)
-
-    def load_vae(self, files: ModelFiles, device: torch.device) -> nn.Module:
-        from diffusers import AutoencoderKLFlux2
-
-        return load_autoencoder(AutoencoderKLFlux2, files, device)
-
-    def load_prompt_encoder(self, files: ModelFiles, device: torch.device, length: int | None = None) -> PromptEncoder:
-        return self.text.load(files.components, device, length)
+    def configuration(self, shapes: Shapes) -> dict[str, Any]:
+        """The configuration that a transformer of these tensors has; a SwiGLU's first layer is twice as wide."""
+        hidden, channels = shape_of(shapes, "x_embedder.weight")
+        head = shape_of(shapes, "transformer_blocks.0.attn.norm_q.weight")[0]
+        return {
+            "in_channels": channels,
+            "num_layers": blocks_of(shapes, "transformer_blocks"),
+            "num_single_layers": blocks_of(shapes, "single_transformer_blocks"),
+            "attention_head_dim": head,
+            "num_attention_heads": hidden // head,
+            "joint_attention_dim": shape_of(shapes, "context_embedder.weight")[1],
+            "timestep_guidance_channels": shape_of(shapes, "time_guidance_embed.timestep_embedder.linear_1.weight")[1],
+            "mlp_ratio": shape_of(shapes, "transformer_blocks.0.ff.linear_in.weight")[0] / (2 * hidden),
+            "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
+        }
 
     def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
         posterior = vae.encode(pixels).latent_dist  # type: ignore[operator]
@@ -77,18 +69,12 @@ class Flux2:
         conditioning: Conditioning,
         guidance: float | None = None,
     ) -> Tensor:
-        config: Any = transformer.config
-        height, width = latents.shape[2:]
-        dtype = transformer.get_submodule("x_embedder").weight.dtype
-        assert isinstance(dtype, torch.dtype)
-        embedded = None
-        if config.guidance_embeds:
-            embedded = torch.full((len(latents),), 1.0 if guidance is None else guidance, device=latents.device)
+        dtype, (height, width) = compute_type(transformer), latents.shape[2:]
         packed = transformer(
             hidden_states=geometry.pack(latents).to(dtype),
             encoder_hidden_states=conditioning.embeds.to(dtype),
             timestep=sigmas.to(dtype),
-            guidance=embedded,
+            guidance=embedded_guidance(transformer, latents, guidance),
             img_ids=geometry.image_ids(height, width, latents.device).expand(len(latents), -1, -1),
             txt_ids=geometry.text_ids(conditioning.embeds.shape[1], latents.device).expand(len(latents), -1, -1),
             return_dict=False,
@@ -100,23 +86,6 @@ class Flux2:
 
     def inference_mu(self, transformer: nn.Module, tokens: int, steps: int) -> float:  # noqa: ARG002
         return empirical_mu(tokens, steps)
-
-
-def _read_off(shapes: Shapes) -> dict[str, Any]:
-    """The configuration that a transformer of these tensors has. SwiGLU: the MLP's first layer has gate and value."""
-    hidden, channels = shape_of(shapes, "x_embedder.weight")
-    head = shape_of(shapes, "transformer_blocks.0.attn.norm_q.weight")[0]
-    return {
-        "in_channels": channels,
-        "num_layers": blocks_of(shapes, "transformer_blocks"),
-        "num_single_layers": blocks_of(shapes, "single_transformer_blocks"),
-        "attention_head_dim": head,
-        "num_attention_heads": hidden // head,
-        "joint_attention_dim": shape_of(shapes, "context_embedder.weight")[1],
-        "timestep_guidance_channels": shape_of(shapes, "time_guidance_embed.timestep_embedder.linear_1.weight")[1],
-        "mlp_ratio": shape_of(shapes, "transformer_blocks.0.ff.linear_in.weight")[0] / (2 * hidden),
-        "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
-    }
 
 
 def _statistics(vae: nn.Module) -> tuple[Tensor, Tensor, float]:

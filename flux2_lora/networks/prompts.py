@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.errors import UserError
+from flux2_lora.networks.components import Widths
 from flux2_lora.networks.text import (
     PromptEncoder,
     clip_pooled,
@@ -39,13 +40,13 @@ class T5Text:
     def parts(self) -> Mapping[str, tuple[str, ...]]:
         return {"text_encoder": _T5, "tokenizer": ()}
 
-    def width(self, components: Path) -> int:
-        return _size(components / "text_encoder", "d_model")
+    def widths(self, components: Path) -> Widths:
+        return Widths(embeds=_size(components / "text_encoder", "d_model"))
 
     def load(self, components: Path, device: torch.device, length: int | None) -> PromptEncoder:
         words = _padded(tokenizer(components / "tokenizer"), length)
         states = t5(components / "text_encoder", device)
-        each = states_bytes(words.length, self.width(components), device)
+        each = states_bytes(words.length, self.widths(components).embeds, device)
         return lambda texts: in_waves(texts, each, lambda wave: Conditioning(embeds=states(words(wave))))
 
 
@@ -58,11 +59,9 @@ class T5ClipText:
         clip = ("CLIPTextModel", "CLIPTextModelWithProjection")
         return {"text_encoder": clip, "tokenizer": (), "text_encoder_2": _T5, "tokenizer_2": ()}
 
-    def width(self, components: Path) -> int:
-        return _size(components / "text_encoder_2", "d_model")
-
-    def pooled_width(self, components: Path) -> int:
-        return _size(components / "text_encoder", "hidden_size")
+    def widths(self, components: Path) -> Widths:
+        pooled = _size(components / "text_encoder", "hidden_size")
+        return Widths(embeds=_size(components / "text_encoder_2", "d_model"), pooled=pooled)
 
     def load(self, components: Path, device: torch.device, length: int | None) -> PromptEncoder:
         short, long = _padded(tokenizer(components / "tokenizer"), None), tokenizer(components / "tokenizer_2")
@@ -72,7 +71,7 @@ class T5ClipText:
         def encode(wave: Sequence[str]) -> Conditioning:
             return Conditioning(embeds=states(words(wave)), pooled=pooled(short(wave)))
 
-        each = states_bytes(words.length, self.width(components), device)
+        each = states_bytes(words.length, self.widths(components).embeds, device)
         return lambda texts: in_waves(texts, each, encode)
 
 
@@ -92,8 +91,8 @@ class ChatText:
     def parts(self) -> Mapping[str, tuple[str, ...]]:
         return {"text_encoder": self.classes, "tokenizer": ()}
 
-    def width(self, components: Path) -> int:
-        return len(self.layers) * _size(components / "text_encoder", "hidden_size")
+    def widths(self, components: Path) -> Widths:
+        return Widths(embeds=len(self.layers) * _size(components / "text_encoder", "hidden_size"))
 
     def load(self, components: Path, device: torch.device, length: int | None) -> PromptEncoder:
         words, size = tokenizer(components / "tokenizer"), length or LONGEST
@@ -115,7 +114,7 @@ class ChatText:
             )
             return Conditioning(embeds=states(tokens.input_ids, tokens.attention_mask))
 
-        each = states_bytes(size, self.width(components) // len(self.layers), device, kept=len(self.layers))
+        each = states_bytes(size, self.widths(components).embeds // len(self.layers), device, kept=len(self.layers))
         return lambda texts: in_waves(texts, each, encode)
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 
 from flux2_lora.errors import UserError
 from flux2_lora.sources import ModelFiles, check_class
@@ -58,6 +59,21 @@ def block_linears(transformer: nn.Module) -> list[str]:
         for path, module in transformer.named_modules()
         if isinstance(module, nn.Linear) and path.partition(".")[0] in blocks and ".lora_" not in path
     ]
+
+
+def compute_type(transformer: nn.Module) -> torch.dtype:
+    """The type that the transformer's first layer computes in: that of its inputs."""
+    dtype = transformer.get_submodule("x_embedder").weight.dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def embedded_guidance(transformer: nn.Module, latents: Tensor, guidance: float | None) -> Tensor | None:
+    """[b] for a model with a guidance embedding, 1 where nothing is asked for; None for a model without."""
+    config: Any = transformer.config
+    if not config.guidance_embeds:
+        return None
+    return torch.full((len(latents),), 1.0 if guidance is None else guidance, device=latents.device)
 
 
 def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:

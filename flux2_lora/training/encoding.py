@@ -66,8 +66,7 @@ class Encoder:
     def encode_texts(self, texts: Sequence[str]) -> dict[str, str]:
         """Cache every distinct text; returns text -> key."""
         model = self.model
-        parts = [part for part in model.family.parts if part != "vae"]
-        weights = [self.digests.of_folder(model.files.components / part) for part in parts]
+        weights = [self.digests.of_folder(model.files.components / part) for part in model.family.text.parts]
         how = [str(model.spec.max_sequence_length), str(compute_dtype(self.device))]
         keys = {text: self.texts.key(model.family.name, *weights, *how, text) for text in texts}
         missing = [text for text, key in keys.items() if self.texts.load(key) is None]

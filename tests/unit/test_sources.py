@@ -103,7 +103,7 @@ def test_one_file_needs_its_components(folders: dict[str, Path]) -> None:
 def test_a_text_encoder_of_the_wrong_width_is_refused_with_both(klein: Path) -> None:
     config = klein / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": 40}))
-    with refused("gives 120 channels, the transformer reads 96", "model.components"):
+    with refused("gives embeddings of 120 channels, the transformer reads 96", "model.components"):
         opened(klein)
 
 
@@ -169,7 +169,7 @@ def test_a_fill_model_is_refused(folders: dict[str, Path], tmp_path: Path) -> No
     tensors = load_file(path)
     tensors["x_embedder.weight"] = torch.ones(256, 384)
     save_file(tensors, path)
-    with refused("takes 384 channels: a Fill or Control model"):
+    with refused("takes 384 channels where the family's latents have 64: a Fill or Control model"):
         opened(fill, "flux1")
 
 

@@ -116,7 +116,7 @@ def test_of_the_embedding_only_the_rows_of_the_tokens_are_read(model: Model, mon
 
 
 def test_a_length_of_the_users_own_is_padded_and_cut_to(model: Model) -> None:
-    encode = model.family.load_prompt_encoder(model.files, CPU, 8)
+    encode = model.family.text.load(model.files.components, CPU, 8)
     assert [one.embeds.shape[1] for one in encode(["a", "a red apple in photo style of a cat face in an image"])] == [
         8,
         8,
