@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+import psutil
 import torch
 
 from flux2_lora.errors import UserError, did_you_mean
@@ -22,3 +25,16 @@ def pick_device(name: str) -> torch.device:
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a CUDA device, float32 elsewhere (half types are slow or wrong on CPUs and MPS)."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def largest_resident() -> int:
+    """Bytes of host memory that this process has held at most; not on Windows. Linux counts in KiB, macOS in bytes."""
+    import resource
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+def resident() -> int:
+    """Bytes of host memory that this process holds now."""
+    return int(psutil.Process().memory_info().rss)

@@ -6,15 +6,13 @@
 
 Makes a file of random weights in BFL's names (2 bytes a parameter in --folder, removed at the end), loads it in a fresh
 process, and prints one row of a Markdown table. Memory is the largest resident size of that process (ru_maxrss), given
-in full and above what it held before loading; time is given in full and as a multiple of reading the same file once.
+in full and above what it held just before; time is given in full and as a multiple of reading the same file once.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flux2_lora.devices import largest_resident, resident
 from flux2_lora.families import Model, ModelSpec, load_family
 from flux2_lora.keys import bfl_of
 from flux2_lora.networks.transformers import on_meta
@@ -125,16 +124,10 @@ def load(path: Path, base: str) -> Loaded:
     files = ModelFiles(transformer=path, components=path.parent, option="model.path=random")
     model = Model(spec, family, files, open_file(path, family.architecture))
     model.empty_transformer()
-    before = largest_resident()
+    before = resident()
     began = time.perf_counter()
     transformer = load_frozen(model, PrecisionSpec(base=base), torch.device("cpu"))
     return Loaded(before, largest_resident(), stored_bytes(transformer), time.perf_counter() - began, read_s)
-
-
-def largest_resident() -> int:
-    """Bytes; Linux counts in KiB, macOS in bytes."""
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024
 
 
 if __name__ == "__main__":

@@ -117,9 +117,7 @@ class LayerByLayer:
 
 def t5(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """T5 without a mask, as FLUX reads it: ids [n s] -> states [n s d]."""
-    from transformers import T5EncoderModel
-
-    encoder = _encoder(lambda config: T5EncoderModel(config).encoder, folder, device, layers="block")
+    encoder = _encoder(t5_encoder, folder, device, layers="block")
     return lambda ids: cast("Tensor", encoder(input_ids=ids).last_hidden_state)
 
 
@@ -133,16 +131,29 @@ def clip_pooled(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor
 
 def decoder_layers(folder: Path, device: torch.device, keep: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
     """A language model's hidden states after some layers, side by side: ids, mask [n s] -> [n s len(keep) * d]."""
-    from transformers import AutoModel
-
-    build: Callable[[Any], nn.Module] = lambda config: AutoModel.from_config(config, dtype=torch.float32)  # noqa: E731
-    encoder = _encoder(build, folder, device, layers="layers", keep=keep)
+    encoder = _encoder(language_model, folder, device, layers="layers", keep=keep)
 
     def encode(ids: Tensor, mask: Tensor) -> Tensor:
         encoder(input_ids=ids, attention_mask=mask, use_cache=False)
         return torch.cat([encoder.kept[number] for number in keep], dim=-1)
 
     return encode
+
+
+def t5_encoder(config: Any) -> nn.Module:
+    """The encoder half of T5."""
+    from transformers import T5EncoderModel
+
+    encoder: nn.Module = T5EncoderModel(config).encoder
+    return encoder
+
+
+def language_model(config: Any) -> nn.Module:
+    """The decoder stack of a language model, without its head."""
+    from transformers import AutoModel
+
+    model: nn.Module = AutoModel.from_config(config, dtype=torch.float32)
+    return model
 
 
 def text_config(folder: Path) -> Any:
