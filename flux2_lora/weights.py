@@ -53,9 +53,13 @@ class Stored:
 
     def dense(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """A copy of the tensor itself, rounded once."""
+        return self.fill(torch.empty(self.values.shape, dtype=dtype, device=device))
+
+    def fill(self, target: Tensor) -> Tensor:
+        """Write the tensor into `target` of its shape, rounded once; returns `target`."""
         if self.scale is None:
-            return self.values.to(device, dtype, copy=True)
-        return (self.values.to(device).float() * self.scale.to(device)).to(dtype)
+            return target.copy_(self.values)
+        return target.copy_(self.values.to(target.device).float() * self.scale.to(target.device))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from flux2_lora.conditioning import Conditioning
-from flux2_lora.devices import compute_dtype
+from flux2_lora.devices import compute_dtype, return_free_memory
 from flux2_lora.errors import UserError
 from flux2_lora.weights import Weights, open_folder, read_json
 
@@ -51,6 +51,7 @@ class LayerByLayer:
         self.kept: dict[int, Tensor] = {}
         self._device, self._dtype, self._keep = device, compute_dtype(device), tuple(keep)
         self._weights = weights
+        self._room: dict[str, Tensor] = {}
         stack = cast("nn.ModuleList", model.get_submodule(layers))
         if keep:
             del stack[max(keep) :]
@@ -87,10 +88,7 @@ class LayerByLayer:
         inner = layer.forward
 
         def forward(states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            names = [name for name, _ in layer.named_parameters()]
-            tensors = {name: self._weights.read(path + name).dense(self._dtype, self._device) for name in names}
-            layer.load_state_dict(tensors, assign=True)
-            del tensors
+            self._fill(layer, path)
             rest: tuple[Any, ...] | None = None
             for start in range(0, len(states), _AT_ONCE):
                 part = slice(start, start + _AT_ONCE)
@@ -100,11 +98,21 @@ class LayerByLayer:
                 first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
                 states[part] = first.to(states.device)
             layer.to("meta")
+            return_free_memory()
             if number in self._keep:
                 self.kept[number] = states.clone()
             return states if rest is None else (states, *rest)
 
         return forward
+
+    def _fill(self, layer: nn.Module, path: str) -> None:
+        """Give a layer its weights, in the memory that the layers before it had."""
+        for name, parameter in layer.named_parameters():
+            room = self._room.get(name)
+            if room is None:
+                room = self._room[name] = torch.empty(parameter.shape, dtype=self._dtype, device=self._device)
+            self._weights.read(path + name).fill(room)
+        layer.load_state_dict({name: self._room[name] for name, _ in layer.named_parameters()}, assign=True)
 
     def _cut(self, value: Any, part: slice, texts: int) -> Any:
         """A layer's argument for some of the texts, on the device: masks have a row a text, positions have one row."""
