@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,16 +40,21 @@ class PrecisionSpec:
 
 def quantize_rows(weight: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
     """[out in] -> (e4m3 or int8 [out in], scale [out 1] float32): a row's largest magnitude becomes 448 or 127."""
-    values = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    scale = torch.empty(len(weight), 1, device=weight.device)
-    for start in range(0, len(weight), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        part = weight[rows].detach().float()
-        largest = part.abs().amax(dim=1, keepdim=True)
-        scale[rows] = torch.where(largest > 0, largest / _LARGEST[dtype], torch.ones_like(largest))
-        part = part / scale[rows]
-        values[rows] = (part.round() if dtype == torch.int8 else part).to(dtype)
-    return values, scale
+    weight = weight.detach().float()
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    scale = torch.where(largest > 0, largest / _LARGEST[dtype], torch.ones_like(largest))
+    values = weight / scale
+    return (values.round() if dtype == torch.int8 else values).to(dtype), scale
+
+
+def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[out in] -> (two numbers a byte [out * in / 2, 1], largest magnitude of each 64 numbers [out * in / 64])."""
+    try:
+        from bitsandbytes.functional import quantize_4bit
+    except ImportError as error:
+        raise UserError("precision=nf4 needs bitsandbytes", "pip install bitsandbytes, or precision=fp8") from error
+    packed, state = quantize_4bit(weight.float().contiguous(), blocksize=_NF4_BLOCK, quant_type="nf4")
+    return packed, state.absmax
 
 
 def _by_scale(values: Tensor, scale: Tensor, dtype: torch.dtype, _: tuple[int, int]) -> Tensor:
@@ -62,6 +68,11 @@ def _by_nf4(values: Tensor, scale: Tensor, dtype: torch.dtype, shape: tuple[int,
     return rebuilt
 
 
+_QUANTIZE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "fp8": quantize_rows,
+    "int8": partial(quantize_rows, dtype=torch.int8),
+    "nf4": quantize_nf4,
+}
 _REBUILD: dict[str, Callable[[Tensor, Tensor, torch.dtype, tuple[int, int]], Tensor]] = {
     "fp8": _by_scale,
     "int8": _by_scale,
@@ -162,18 +173,8 @@ def _quantized(stored: Stored, kind: str, device: torch.device) -> tuple[Tensor,
     if kind == "fp8" and stored.values.dtype in _FP8:
         kept = stored.to(device)
         return kept.values, torch.ones(1, 1, device=device) if kept.scale is None else kept.scale
-    weight = stored.values.to(device) if stored.scale is None else stored.dense(torch.float32, device)
-    if kind == "nf4":
-        return _nf4(weight)
-    return quantize_rows(weight, E4M3 if kind == "fp8" else torch.int8)
-
-
-def _nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[out in] -> (two numbers a byte [out * in / 2, 1], largest magnitude of each 64 [out * in / 64])."""
-    try:
-        from bitsandbytes.functional import quantize_4bit
-    except ImportError as error:
-        raise UserError("precision=nf4 needs bitsandbytes", "pip install bitsandbytes, or precision=fp8") from error
-    floats = weight if weight.dtype in (torch.float16, torch.bfloat16, torch.float32) else weight.float()
-    packed, state = quantize_4bit(floats.contiguous(), blocksize=_NF4_BLOCK, quant_type="nf4")
-    return packed, state.absmax
+    # Pieces of 1024 rows are whole blocks of 64 numbers too, whatever the width.
+    starts = range(0, len(stored.values), _ROWS_AT_ONCE)
+    pieces = [_QUANTIZE[kind](stored.rows(i, i + _ROWS_AT_ONCE).dense(torch.float32, device)) for i in starts]
+    values, scales = zip(*pieces, strict=True)
+    return torch.cat(values), torch.cat(scales)

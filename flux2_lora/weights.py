@@ -33,6 +33,8 @@ _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 _SCALES = (".weight_scale", ".scale_weight")
 _NOT_IN_W = (".input_scale", ".scale_input", ".comfy_quant")
 _OTHER_FORMATS = (".weight_scale_2", ".pre_quant_scale", ".absmax", ".quant_state.bitsandbytes__nf4", ".qweight")
+Header = tuple[tuple[int, ...], str]
+"""Shape and number format of a tensor."""
 _REMEDY = "give a safetensors file in bf16, fp16, fp32, fp8 or scaled fp8"
 
 
@@ -50,6 +52,11 @@ class Stored:
         """A copy on a device, byte for byte."""
         scale = None if self.scale is None else self.scale.to(device, copy=True)
         return Stored(values=self.values.to(device, copy=True), scale=scale)
+
+    def rows(self, start: int, stop: int) -> Stored:
+        """Rows [start, stop) of a matrix with their scales."""
+        scale = self.scale if self.scale is None or len(self.scale) == 1 else self.scale[start:stop]
+        return Stored(values=self.values[start:stop], scale=scale)
 
     def dense(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """A copy of the tensor itself, rounded once."""
@@ -168,11 +175,17 @@ def open_file(path: Path, architecture: str) -> Weights:
     other than FP8. Tensors that the table does not know keep their names, so that `Weights.expect` names them.
     """
     header = read_header(path)
-    _refuse_quantisation(path, header)
     prefix = next(p for p in _PREFIXES if not p or any(key.startswith(p) for key in header))
-    tensors = {key.removeprefix(prefix): (key, shape) for key, (shape, _) in header.items() if key.startswith(prefix)}
+    header = {key: found for key, found in header.items() if key.startswith(prefix)}
+    told = _formats(path, header, prefix)
+    _refuse_quantisation(path, header, told)
+    tensors = {key.removeprefix(prefix): (key, shape) for key, (shape, _) in header.items()}
     scales = _take_scales(path, tensors)
-    _refuse_lost_scales(path, tensors, header, scales)
+    scaled = [f"{layer}.weight" for layer in told] if "scaled_fp8" not in tensors else list(tensors)
+    fp8 = [key for key in scaled if key.endswith(".weight") and header[tensors[key][0]][1].startswith("F8_")]
+    lost = [key for key in fp8 if key not in scales]
+    if lost:
+        raise UserError(f"{path} says that it is scaled, but has no scale for {listed(lost, 3)}", _REMEDY)
     for key in [k for k in tensors if k.endswith(_NOT_IN_W) or k == "scaled_fp8"]:
         del tensors[key]
     named = _diffusers_names(tensors, architecture)
@@ -187,7 +200,7 @@ def open_file(path: Path, architecture: str) -> Weights:
     return Weights(path, places, shapes)
 
 
-def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def read_header(path: Path) -> dict[str, Header]:
     """Key -> (shape, number format) of a safetensors file; UserError where it is damaged, cut short or another kind."""
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise UserError(f"{path} is a pickle, which can run any code when opened", _REMEDY)
@@ -270,50 +283,31 @@ def _take_scales(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) ->
     return scales
 
 
-def _refuse_lost_scales(
-    path: Path,
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-    header: Mapping[str, tuple[tuple[int, ...], str]],
-    scales: Mapping[str, str],
-) -> None:
-    """UserError where the file calls itself scaled, or a layer does, and an FP8 weight has no scale."""
-    fp8 = [k for k, (actual, _) in tensors.items() if k.endswith(".weight") and header[actual][1].startswith("F8_")]
-    lost = [
-        key
-        for key in fp8
-        if key not in scales and ("scaled_fp8" in tensors or f"{key.rpartition('.')[0]}.comfy_quant" in tensors)
-    ]
-    if lost:
-        raise UserError(f"{path} says that it is scaled, but has no scale for {listed(lost, 3)}", _REMEDY)
-
-
 def _looks_scaled(values: Tensor) -> bool:
     """Whether e4m3 values reach +-448 (bytes 7e and fe): a plain cast of a model's weights stays below 10 or so."""
     return values.dtype == torch.float8_e4m3fn and bool((values.view(torch.uint8) & 0x7F == 0x7E).any())
 
 
-def _refuse_quantisation(path: Path, header: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
-    """UserError unless every tensor is a float, in FP8 with at most one scale, as far as the file says."""
+def _formats(path: Path, header: Mapping[str, Header], prefix: str) -> dict[str, str]:
+    """Layer -> the format that the file declares for it, in a tensor beside it or in the header's metadata."""
+    with _opened(path) as file:
+        beside = {key: bytes(file.get_tensor(key).tolist()) for key in header if key.endswith(".comfy_quant")}
+        written = (file.metadata() or {}).get("_quantization_metadata", "{}")
+    layers = _parsed(path, "_quantization_metadata", written.encode()).get("layers", {})
+    layers |= {key.removesuffix(".comfy_quant"): _parsed(path, key, raw) for key, raw in beside.items()}
+    known = {layer.removeprefix(prefix): str(told.get("format")) for layer, told in layers.items()}
+    return {layer: told for layer, told in known.items() if f"{prefix}{layer}.weight" in header}
+
+
+def _refuse_quantisation(path: Path, header: Mapping[str, Header], told: Mapping[str, str]) -> None:
+    """UserError unless every matrix is a float, and in FP8 as far as the file says anything."""
     foreign = [key for key in header if key.endswith(_OTHER_FORMATS)]
+    foreign += [f"{layer}: {name}" for layer, name in told.items() if name not in FP8_FORMATS]
     if foreign:
         raise UserError(f"{path} is quantised in a format other than FP8 ({listed(foreign, 2)})", _REMEDY)
     for key, (shape, dtype) in header.items():
         if len(shape) > 1 and dtype not in _NUMBERS:
             raise UserError(f"{path} holds {key} as {dtype}, which is no number format of a base model", _REMEDY)
-    with _opened(path) as file:
-        declared = {k: bytes(file.get_tensor(k).tolist()) for k in header if k.endswith(".comfy_quant")}
-        written = (file.metadata() or {}).get("_quantization_metadata")
-    formats = {key: _format_of(path, key, raw) for key, raw in declared.items()}
-    if written is not None:
-        layers = _parsed(path, "_quantization_metadata", written.encode()).get("layers", {})
-        formats |= {key: str(layer.get("format")) for key, layer in layers.items()}
-    unknown = [f"{key}: {name}" for key, name in formats.items() if name not in FP8_FORMATS]
-    if unknown:
-        raise UserError(f"{path} is quantised in a format other than FP8 ({listed(unknown, 2)})", _REMEDY)
-
-
-def _format_of(path: Path, key: str, raw: bytes) -> str:
-    return str(_parsed(path, key, raw).get("format"))
 
 
 def _parsed(path: Path, key: str, raw: bytes) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from flux2_lora.quantize import E4M3, FrozenLinear, quantize_rows, stored_bytes
+from flux2_lora.quantize import E4M3, FrozenLinear, quantize_nf4, quantize_rows, stored_bytes
 from flux2_lora.weights import Stored
 from tests.conftest import quantised
 
@@ -43,12 +45,23 @@ def test_a_row_of_zeros_stays_zero_and_finite(dtype: torch.dtype) -> None:
     assert torch.equal(values.float() * scale, torch.zeros(2, 4))
 
 
-def test_rows_are_quantised_alike_in_pieces_and_at_once() -> None:
-    weight = torch.randn(2500, 8, generator=torch.Generator().manual_seed(0))
-    values, scale = quantize_rows(weight)
-    largest = weight.abs().amax(1, keepdim=True)
-    assert torch.equal(scale, largest / 448)
-    assert torch.equal(values.view(torch.uint8), (weight / scale).to(E4M3).view(torch.uint8))
+@pytest.mark.parametrize(
+    ("kind", "at_once", "width"),
+    [
+        ("fp8", quantize_rows, 8),
+        ("int8", lambda weight: quantize_rows(weight, torch.int8), 8),
+        ("nf4", quantize_nf4, 64),
+        ("nf4", quantize_nf4, 48),
+    ],
+)
+def test_rows_are_quantised_alike_in_pieces_and_at_once(
+    kind: str, at_once: Callable[[Tensor], tuple[Tensor, Tensor]], width: int
+) -> None:
+    weight = torch.randn(2500, width, generator=torch.Generator().manual_seed(0))
+    frozen = FrozenLinear(Stored(values=weight), None, kind, dtype=torch.float32)
+    values, scale = at_once(weight)
+    assert torch.equal(frozen.scale, scale)
+    assert torch.equal(frozen.values.view(torch.uint8), values.view(torch.uint8))
 
 
 @pytest.mark.parametrize("kind", KINDS)

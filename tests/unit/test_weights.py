@@ -297,6 +297,10 @@ def test_scales_that_were_dropped_are_noticed(original: Original, tmp_path: Path
     model = original.open(written(tmp_path / "bare.safetensors", (bare, {})))
     with pytest.raises(UserError, match="as only scaled weights are, but without its scale"):
         load_frozen(model, PrecisionSpec(), CPU)
+    declared, told = in_metadata(original)
+    lost = {key: tensor for key, tensor in declared.items() if not key.endswith("1.img_attn.proj.weight_scale")}
+    with pytest.raises(UserError, match=r"no scale for double_blocks\.1\.img_attn\.proj\.weight"):
+        original.open(written(tmp_path / "declared.safetensors", (lost, told)))
     marked, _ = old_scaled(original)
     lost = {key: tensor for key, tensor in marked.items() if not key.endswith("0.img_attn.proj.scale_weight")}
     with pytest.raises(UserError, match=r"no scale for double_blocks\.0\.img_attn\.proj\.weight"):
@@ -332,7 +336,7 @@ def _set(key: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
             _set(
                 "double_blocks.0.img_mlp.0.comfy_quant", torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
             ),
-            "img_mlp.0.comfy_quant: nvfp4",
+            "img_mlp.0: nvfp4",
         ),
     ],
 )
@@ -343,6 +347,17 @@ def test_tensors_that_do_not_fit_are_named(
     change(tensors)
     with pytest.raises(UserError, match=text):
         original.open(written(tmp_path / "model.safetensors", (tensors, {})))
+
+
+def test_other_models_in_the_same_file_are_passed_over(original: Original, tmp_path: Path) -> None:
+    """A ComfyUI checkpoint holds text encoders and VAE too, in formats of their own."""
+    tensors, _ = prefixed("model.diffusion_model.")(original)
+    tensors["text_encoders.clip_l.position_ids"] = torch.arange(77)[None]
+    tensors["text_encoders.t5.block.0.weight"] = torch.ones(4, 4, dtype=torch.int8)
+    tensors["text_encoders.t5.block.0.comfy_quant"] = torch.tensor(list(b'{"format": "int8"}'), dtype=torch.uint8)
+    told = {"_quantization_metadata": json.dumps({"layers": {"text_encoders.t5.block.1": {"format": "nvfp4"}}})}
+    model = original.open(written(tmp_path / "model.safetensors", (tensors, told)))
+    assert model.weights.shapes.keys() == original.diffusers.keys()
 
 
 def test_an_unknown_format_in_the_header_is_refused(original: Original, tmp_path: Path) -> None:
