@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flux2_lora.errors import UserError, listed
-from flux2_lora.families import ModelFamily
 from flux2_lora.files import write_tensors
 from flux2_lora.flow import generator
 from flux2_lora.networks.transformers import block_linears
@@ -192,20 +191,25 @@ def find_adapter(place: str) -> Path:
     )
 
 
-def attach_trained(transformer: nn.Module, family: ModelFamily, places: Sequence[str]) -> list[str]:
-    """Read adapters, attach them beside each other, and return the names to use in `set_strengths`."""
-    names = []
-    for index, place in enumerate(places):
-        path = find_adapter(place)
-        adapter = read_adapter(path)
-        if adapter.family != family.name:
+def read_adapters(places: Sequence[str], family: str) -> dict[str, Adapter]:
+    """Place -> its adapter; UserError for one that is not there or of another family. Needs no model."""
+    adapters = {place: read_adapter(find_adapter(place)) for place in places}
+    for place, adapter in adapters.items():
+        if adapter.family != family:
             raise UserError(
-                f"{place} is an adapter of the family {adapter.family}, the model is of {family.name}",
+                f"{place} is an adapter of the family {adapter.family}, the model is of {family}",
                 f"choose a model of the family {adapter.family} with model=...",
             )
+    return adapters
+
+
+def attach_trained(transformer: nn.Module, architecture: str, adapters: Mapping[str, Adapter]) -> list[str]:
+    """Attach adapters beside each other, and return the names to use in `set_strengths`."""
+    names = []
+    for index, (place, adapter) in enumerate(adapters.items()):
         name = f"adapter{index}"
         spec = AdapterSpec(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
-        attach(transformer, family.architecture, spec, seed=0, name=name)
+        attach(transformer, architecture, spec, seed=0, name=name)
         load_state(transformer, adapter.state, source=place, name=name)
         names.append(name)
     return names

@@ -70,11 +70,14 @@ def read_resolved(path: Path) -> dict[str, Any]:
 
 
 def changed_options(before: dict[str, Any], now: Any, ignored: tuple[str, ...]) -> list[str]:
-    """Dotted options whose values differ, as "max_steps: 100 -> 200"; `ignored` are prefixes that may differ."""
+    """Dotted options whose values differ, as "max_steps: 100 -> 200"; `ignored` are prefixes that may differ.
+
+    An option that only one side knows is no difference: another version of this program has it.
+    """
     then = _leaves(OmegaConf.create(before))
     today = _leaves(OmegaConf.structured(now))
-    names = [name for name in {**then, **today} if not name.startswith(ignored)]
-    return [f"{n}: {then.get(n)} -> {today.get(n)}" for n in names if then.get(n) != today.get(n)]
+    names = [name for name in then if name in today and not name.startswith(ignored)]
+    return [f"{n}: {then[n]} -> {today[n]}" for n in names if then[n] != today[n]]
 
 
 def _exit_on_user_error(action: Callable[[], object]) -> None:
@@ -203,17 +206,23 @@ def _literal(argument: str, schema: type) -> str:
 
 
 def _quoted(text: str) -> str:
-    if text.startswith("${") or (text[:1] in ("'", '"') and text[-1:] == text[:1] and len(text) > 1):
+    if text.startswith("${") or re.fullmatch(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", text):
         return text
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return "'" + re.sub(r"(\\*)('|$)", _escaped, text) + "'"
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """Backslashes before a quote or the end are doubled, others stay as they are: so Hydra reads them."""
+    return 2 * found[1] + ("\\'" if found[2] else "")
 
 
 def _items(inside: str) -> list[str]:
     """Split a list at the commas that stand in no quotes and no brackets; blanks around the items go."""
-    items, depth, quote = [""], 0, ""
+    items, depth, quote, escaped = [""], 0, "", False
     for mark in inside:
         if quote:
-            quote = "" if mark == quote else quote
+            quote = "" if mark == quote and not escaped else quote
+            escaped = mark == "\\" and not escaped
         elif mark in "'\"" and not items[-1].strip():
             quote = mark
         else:

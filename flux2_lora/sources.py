@@ -11,10 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from flux2_lora.errors import UserError, listed
 from flux2_lora.weights import open_folder, read_json
 
+_CONFIG_ONLY = "transformer/config.json"
 _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -33,7 +35,8 @@ class ModelFiles:
 def locate(path: str, components: str | None, parts: Sequence[str]) -> ModelFiles:
     """Find, or fetch, the files of `model.path`; parts: the folders that are needed beside the transformer.
 
-    UserError where nothing is there, where the hub says no, or where one file comes without its components.
+    Components are looked at for one file, and for a folder that holds a transformer and nothing else. UserError where
+    nothing is there, where the hub says no, or where one file comes without its components.
     """
     place = Path(path).expanduser()
     if place.is_file():
@@ -42,9 +45,15 @@ def locate(path: str, components: str | None, parts: Sequence[str]) -> ModelFile
                 f"model.path={path} is one file, which holds the transformer alone",
                 "add model.components=..., a Diffusers folder or hub id with VAE, text encoders and tokenizers",
             )
-        beside = _folder(components, "model.components", parts)
+        beside = _folder(components, "model.components", [*parts, _CONFIG_ONLY])
         return ModelFiles(transformer=place, components=beside, option=f"model.components={components}")
     folder = _folder(path, "model.path", ["transformer", *parts])
+    bare = (folder / "transformer").is_dir() and not any((folder / part).is_dir() for part in parts)
+    if bare and components is not None:
+        beside = _folder(components, "model.components", parts)
+        return ModelFiles(
+            transformer=folder / "transformer", components=beside, option=f"model.components={components}"
+        )
     return ModelFiles(transformer=folder / "transformer", components=folder, option=f"model.path={path}")
 
 
@@ -78,7 +87,7 @@ def check_class(folder: Path, classes: Sequence[str], family: str) -> None:
             f"{folder} holds {found}, not the {classes[0]} of the family {family}",
             "choose the model's own family with model=..., or another model.path",
         )
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unknown method")
         raise UserError(
             f"{folder} is quantised by {method}",
@@ -115,7 +124,10 @@ def _fetched(repository: str, option: str, parts: Sequence[str]) -> Path:
         RepositoryNotFoundError,
     )
 
-    wanted = ["model_index.json", *(f"{part}/{kind}" for part in parts for kind in _FETCHED)]
+    wanted = ["model_index.json", *(f"{part}/{kind}" for part in parts if part != _CONFIG_ONLY for kind in _FETCHED)]
+    wanted += [_CONFIG_ONLY] if _CONFIG_ONLY in parts else []
+    # The hub's errors derive from those of its HTTP library; transfers by xet end in RuntimeError.
+    broken_off = cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, OSError, RuntimeError))
     here = f"{option}={repository} is no folder or file here, and"
     try:
         return Path(snapshot_download(repository, allow_patterns=wanted))
@@ -134,5 +146,10 @@ def _fetched(repository: str, option: str, parts: Sequence[str]) -> Path:
             f"{here} it is not in the hub's cache, and the hub cannot be reached",
             "download it while online (HF_HUB_OFFLINE unset), or give a folder with model.path=...",
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except HfHubHTTPError as error:
         raise UserError(f"{here} the hub answers: {str(error).splitlines()[0]}", "try again later") from error
+    except broken_off as error:
+        raise UserError(
+            f"{option}={repository}: the download broke off ({str(error).partition(chr(10))[0]})",
+            "the same command goes on with it",
+        ) from error

@@ -27,7 +27,7 @@ from torch import Tensor
 from flux2_lora.devices import largest_resident, resident
 from flux2_lora.families import Model, ModelSpec, load_family
 from flux2_lora.keys import bfl_of
-from flux2_lora.networks.transformers import on_meta
+from flux2_lora.networks.components import on_meta
 from flux2_lora.quantize import PrecisionSpec, load_frozen, stored_bytes
 from flux2_lora.sources import ModelFiles
 from flux2_lora.weights import open_file
@@ -89,6 +89,7 @@ def write(path: Path, model: str, stored: str) -> None:
             "joint_attention_dim": text,
             "guidance_embeds": False,
         },
+        "random weights",
     )
     pool = 0.02 * torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))
     tensors: dict[str, Tensor] = {}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from flux2_lora.adapters import read_adapters
 from flux2_lora.config import program
 from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError
@@ -65,9 +66,12 @@ def main(config: EditConfig) -> None:
             "give a mask of the picture's size: white is repainted, black is kept",
         )
     canvas, mask, mode = what_to_paint(config, picture, drawn)
-    device, model = pick_device(config.device), open_model(config.model)
+    device, adapters = pick_device(config.device), read_adapters(config.adapters, config.model.family)
+    model = open_model(config.model)
+    if config.guidance is not None and not model.takes_guidance():
+        console.print(f"guidance={config.guidance:g} is ignored: this model has no guidance embedding, use cfg_scale")
     positive, negative = encode_prompts(model, [config.prompt, config.negative_prompt], device)
-    session = open_session(model, config.precision, config.adapters, device)
+    session = open_session(model, config.precision, adapters, device)
     whole = padded(canvas, session.family.pixels_per_token)
     prompted = Prompted(positive=positive, negative=negative, cfg_scale=config.cfg_scale, guidance=config.guidance)
     noise = initial_noise(session.family, whole.height, whole.width, [config.seed]).to(session.device)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from flux2_lora.adapters import find_adapter, read_adapter
+from flux2_lora.adapters import find_adapter, read_adapters
 from flux2_lora.config import program
 from flux2_lora.errors import UserError, did_you_mean
 from flux2_lora.export import export_universal, header, table
@@ -42,14 +42,8 @@ def main(config: ExportConfig) -> None:
     for name in config.formats:
         if name not in FORMATS:
             raise UserError(f"formats names {name!r}, which is no export format", did_you_mean(name, FORMATS))
-    source = find_adapter(config.adapter)
-    adapter = read_adapter(source)
-    family = load_family(config.model.family)
-    if adapter.family != family.name:
-        raise UserError(
-            f"adapter={config.adapter} is of the family {adapter.family}, model is of {family.name}",
-            f"choose a model of the family {adapter.family} with model=...",
-        )
+    source, family = find_adapter(config.adapter), load_family(config.model.family)
+    adapter = read_adapters([config.adapter], family.name)[config.adapter]
     path = Path(config.output).expanduser() if config.output else beside(source)
     proofs = export_universal(
         adapter.state,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from flux2_lora.adapters import read_adapters
 from flux2_lora.config import program
 from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError
@@ -53,9 +54,12 @@ def main(config: SampleConfig) -> None:
     if not config.prompts:
         raise UserError("prompts=[] asks for no picture", "give prompts='[first prompt, second prompt]'")
     source = read_picture(config.image, "image") if config.image else None
-    device, model = pick_device(config.device), open_model(config.model)
+    device, adapters = pick_device(config.device), read_adapters(config.adapters, config.model.family)
+    model = open_model(config.model)
+    if config.guidance is not None and not model.takes_guidance():
+        console.print(f"guidance={config.guidance:g} is ignored: this model has no guidance embedding, use cfg_scale")
     *positives, negative = encode_prompts(model, [*config.prompts, config.negative_prompt], device)
-    session = open_session(model, config.precision, config.adapters, device)
+    session = open_session(model, config.precision, adapters, device)
 
     columns = columns_of(config)
     rows: list[tuple[str, list[Image.Image]]] = []

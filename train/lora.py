@@ -35,7 +35,7 @@ from flux2_lora.inference.pictures import to_pictures
 from flux2_lora.inference.previews import Previewer, PreviewSet, PreviewSpec
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec, load_frozen, stored_bytes
-from flux2_lora.targets import resolve
+from flux2_lora.targets import parse, resolve
 from flux2_lora.training.encoding import CachedSamples, Encoder, encode_samples
 from flux2_lora.training.interrupt import Interrupt
 from flux2_lora.training.memory import MemorySpec, compile_blocks
@@ -88,15 +88,16 @@ class TrainConfig:
 def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the order in which it happens
     # 1. Look before anything is written: the pictures, the model, the run to go on with.
     device = pick_device(config.device)
-    model = open_model(config.model)
-    model.refuse_distilled()
-    family = model.family
-    resolve(config.adapter.targets, family.architecture, model.projections(), config.adapter.rank)
     found = scan(config.dataset)
     records, held_out = scan_validation(config.dataset, found, config.seed)
+    for entry in config.adapter.targets:
+        parse(entry)
     run = Path(config.output_dir).expanduser() / config.name
     checkpoint = where_to_start(config, run)
     start = checkpoint.step if checkpoint else 0
+    model = open_model(config.model, to_train=True)
+    family = model.family
+    resolve(config.adapter.targets, family.architecture, model.projections(), config.adapter.rank)
     console.print(f"{config.name}: {len(records)} pictures, {len(held_out)} held out, on {device}")
     for name, reason in found.skipped:
         console.print(f"skipped {name}: {reason}")

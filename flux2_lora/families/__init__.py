@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.errors import UserError, did_you_mean
 from flux2_lora.keys import is_target
-from flux2_lora.networks.components import TextEncoders, check_widths, load_autoencoder
+from flux2_lora.networks.components import TextEncoders, check_widths, empty_autoencoder, load_autoencoder
 from flux2_lora.networks.text import PromptEncoder
 from flux2_lora.networks.transformers import empty_transformer, open_transformer
 from flux2_lora.options import option
@@ -40,9 +40,9 @@ class ModelSpec:
     """A model: its family, where it lies, and how its authors sample it.
 
     path: a Diffusers folder, a hub id, or a file of the transformer; components: a folder or hub id with the rest, for
-    a path that is a file. title: as file managers show it; architecture_name: as ModelSpec headers spell it.
-    max_sequence_length: tokens of a prompt, null for the family's own. distilled: made for few steps, to be sampled and
-    not trained; train_distilled trains it all the same.
+    a path that holds the transformer alone. title: as file managers show it; architecture_name: as ModelSpec headers
+    spell it. max_sequence_length: tokens of a prompt, null for the family's own. distilled: made for few steps, to be
+    sampled and not trained; train_distilled trains it all the same.
     """
 
     family: str
@@ -140,38 +140,49 @@ class Model:
 
     def load_vae(self, device: torch.device) -> nn.Module:
         """The frozen autoencoder, float32."""
-        return load_autoencoder(self.family.vae_class, self.files, device)
+        return load_autoencoder(self.family.vae_class, self.files, self.family.latent_channels, device)
 
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
         """Prompts -> conditionings; drop it to free what it holds."""
         return self.family.text.load(self.files.components, device, self.spec.max_sequence_length)
 
-    def refuse_distilled(self) -> None:
-        """UserError for a base that was distilled to a few steps, unless the user insists."""
-        if (self.spec.distilled or is_distilled(self.files)) and not self.spec.train_distilled:
-            raise UserError(
-                f"{self.spec.title} is distilled to a few steps: its velocity is no longer the flow's, so training on "
-                "it gives grey, blurred pictures",
-                "train on the base model (model=flux2_klein_base_4b) and sample with this one, or set "
-                "model.train_distilled=true",
-            )
+    def takes_guidance(self) -> bool:
+        """Whether the transformer has a guidance embedding."""
+        return any(".guidance_embedder." in name for name in self.weights.shapes)
 
 
-def open_model(spec: ModelSpec) -> Model:
+def open_model(spec: ModelSpec, *, to_train: bool = False) -> Model:
     """Find a model, or fetch it, and check all of it before any of it is loaded; UserError for what does not fit.
 
-    Reads configurations and headers only: all parts are there, of this family, whole, and fit together.
+    Reads configurations and headers only: all parts are there, of this family, whole, and fit together. to_train: a
+    base that was distilled to a few steps is refused unless the user insists, before it is fetched where possible.
     """
     family = load_family(spec.family)
+    if to_train and spec.distilled:
+        _refuse_distilled(spec)
     parts = parts_of(family)
     files = locate(spec.path, spec.components, list(parts))
     check_folders(files, list(parts), family.name)
+    if to_train and is_distilled(files):
+        _refuse_distilled(spec)
     weights = open_transformer(files, family.transformer_class, family.architecture, family.name)
     check_parts(files, parts, family.name)
     check_widths(files, weights, family.latent_channels, family.text)
     model = Model(spec, family, files, weights)
     model.empty_transformer()
+    empty_autoencoder(family.vae_class, files, family.latent_channels)
+    family.text.check(files.components)
     return model
+
+
+def _refuse_distilled(spec: ModelSpec) -> None:
+    if not spec.train_distilled:
+        raise UserError(
+            f"{spec.title} is distilled to a few steps: its velocity is no longer the flow's, so training on it gives "
+            "grey, blurred pictures",
+            "train on the base model of its size (model=flux2_klein_base_4b or flux2_klein_base_9b) and sample with "
+            "this one, or set model.train_distilled=true",
+        )
 
 
 def parts_of(family: ModelFamily) -> dict[str, tuple[str, ...]]:

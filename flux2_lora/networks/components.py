@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 
 from flux2_lora.errors import UserError
 from flux2_lora.networks.text import PromptEncoder
 from flux2_lora.sources import ModelFiles
-from flux2_lora.weights import Weights
+from flux2_lora.weights import Weights, open_folder, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,9 @@ class TextEncoders(Protocol):
 
     def widths(self, components: Path) -> Widths:
         """What these encoders give, from their configuration."""
+
+    def check(self, components: Path) -> None:
+        """UserError unless all tensors and tokenizers are there; reads headers only."""
 
     def load(self, components: Path, device: torch.device, length: int | None) -> PromptEncoder:
         """length: tokens that a text is padded or cut to; None for the family's own."""
@@ -62,16 +66,49 @@ def check_widths(files: ModelFiles, weights: Weights, latent_channels: int, text
             )
 
 
-def load_autoencoder(kind: str, files: ModelFiles, device: torch.device) -> nn.Module:
-    """The frozen VAE in float32."""
+def on_meta(kind: str, config: Mapping[str, Any], source: str) -> nn.Module:
+    """A model of Diffusers without memory, in evaluation mode; UserError where the configuration builds none."""
     import diffusers
 
-    # Loading is quick; the bar would stand between the lines of a run.
-    diffusers.utils.logging.disable_progress_bar()
-    vae: nn.Module = getattr(diffusers, kind).from_pretrained(
-        files.components, subfolder="vae", dtype=torch.float32, local_files_only=True
-    )
-    return vae.requires_grad_(False).eval().to(device)
+    try:
+        with init_empty_weights():
+            model: nn.Module = getattr(diffusers, kind).from_config(dict(config))
+    except (TypeError, ValueError) as error:
+        what = f"{source}/config.json builds no {kind} ({str(error).splitlines()[0]})"
+        raise UserError(what, "fetch the file again") from error
+    return model.eval()
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of everything that a model stores."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def empty_autoencoder(kind: str, files: ModelFiles, latent_channels: int) -> nn.Module:
+    """The VAE on the meta device; UserError unless its files hold exactly its tensors, and latents of this width."""
+    folder = files.components / "vae"
+    config = read_json(folder / "config.json")
+    vae = on_meta(kind, config, str(folder))
+    open_folder(folder).expect(shapes_of(vae))
+    channels, wanted = config.get("latent_channels"), latent_channels // 4
+    if channels != wanted:
+        raise UserError(
+            f"{folder} has {channels} latent channels, the transformer reads {wanted}",
+            "transformer and VAE are of different models; set model.path and model.components to one model",
+        )
+    return vae
+
+
+def load_autoencoder(kind: str, files: ModelFiles, latent_channels: int, device: torch.device) -> nn.Module:
+    """The frozen VAE in float32."""
+    vae, weights = empty_autoencoder(kind, files, latent_channels), open_folder(files.components / "vae")
+    counters = {name for name, tensor in vae.state_dict().items() if not tensor.is_floating_point()}
+    tensors = {
+        name: weights.read(name).dense(torch.int64 if name in counters else torch.float32, device)
+        for name in weights.shapes
+    }
+    vae.load_state_dict(tensors, assign=True)
+    return vae.requires_grad_(False).to(device)
 
 
 def _columns(weights: Weights, name: str) -> int | None:

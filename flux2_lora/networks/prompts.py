@@ -18,7 +18,12 @@ from flux2_lora.conditioning import Conditioning
 from flux2_lora.errors import UserError
 from flux2_lora.networks.components import Widths
 from flux2_lora.networks.text import (
+    CLIP,
+    LANGUAGE,
+    T5,
     PromptEncoder,
+    check_encoder,
+    check_tokenizer,
     clip_pooled,
     decoder_layers,
     in_waves,
@@ -43,6 +48,10 @@ class T5Text:
     def widths(self, components: Path) -> Widths:
         return Widths(embeds=_size(components / "text_encoder", "d_model"))
 
+    def check(self, components: Path) -> None:
+        check_encoder(components / "text_encoder", T5)
+        check_tokenizer(components / "tokenizer")
+
     def load(self, components: Path, device: torch.device, length: int | None) -> PromptEncoder:
         words = _padded(tokenizer(components / "tokenizer"), length)
         states = t5(components / "text_encoder", device)
@@ -62,6 +71,11 @@ class T5ClipText:
     def widths(self, components: Path) -> Widths:
         pooled = _size(components / "text_encoder", "hidden_size")
         return Widths(embeds=_size(components / "text_encoder_2", "d_model"), pooled=pooled)
+
+    def check(self, components: Path) -> None:
+        for kind, part in ((CLIP, ""), (T5, "_2")):
+            check_encoder(components / f"text_encoder{part}", kind)
+            check_tokenizer(components / f"tokenizer{part}")
 
     def load(self, components: Path, device: torch.device, length: int | None) -> PromptEncoder:
         short, long = _padded(tokenizer(components / "tokenizer"), None), tokenizer(components / "tokenizer_2")
@@ -93,6 +107,10 @@ class ChatText:
 
     def widths(self, components: Path) -> Widths:
         return Widths(embeds=len(self.layers) * _size(components / "text_encoder", "hidden_size"))
+
+    def check(self, components: Path) -> None:
+        check_encoder(components / "text_encoder", LANGUAGE, self.layers)
+        check_tokenizer(components / "tokenizer")
 
     def load(self, components: Path, device: torch.device, length: int | None) -> PromptEncoder:
         words, size = tokenizer(components / "tokenizer"), length or LONGEST

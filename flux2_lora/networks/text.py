@@ -9,6 +9,7 @@ tokens that occur are read, and layers above the highest that is asked for not a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,25 +126,24 @@ class LayerByLayer:
 
 def t5(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """T5 without a mask, as FLUX reads it: ids [n s] -> states [n s d]."""
-    encoder = _encoder(t5_encoder, folder, device, layers="block")
+    encoder = _encoder(T5, folder, device)
     return lambda ids: cast("Tensor", encoder(input_ids=ids).last_hidden_state)
 
 
 def clip_pooled(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """CLIP's state of the end token: ids [n s] -> [n d]."""
-    from transformers import CLIPTextModel
-
-    encoder = _encoder(CLIPTextModel, folder, device, layers="encoder.layers")
+    encoder = _encoder(CLIP, folder, device)
     return lambda ids: cast("Tensor", encoder(input_ids=ids).pooler_output)
 
 
 def decoder_layers(folder: Path, device: torch.device, keep: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
     """A language model's hidden states after some layers, side by side: ids, mask [n s] -> [n s len(keep) * d]."""
-    encoder = _encoder(language_model, folder, device, layers="layers", keep=keep)
+    encoder = _encoder(LANGUAGE, folder, device, keep)
 
     def encode(ids: Tensor, mask: Tensor) -> Tensor:
         encoder(input_ids=ids, attention_mask=mask, use_cache=False)
-        return torch.cat([encoder.kept[number] for number in keep], dim=-1)
+        kept, encoder.kept = encoder.kept, {}
+        return torch.cat([kept[number] for number in keep], dim=-1)
 
     return encode
 
@@ -156,11 +156,20 @@ def t5_encoder(config: Any) -> nn.Module:
     return encoder
 
 
+def clip_text_model(config: Any) -> nn.Module:
+    """CLIP's text side."""
+    from transformers import CLIPTextModel
+
+    model: nn.Module = CLIPTextModel(config)
+    return model
+
+
 def language_model(config: Any) -> nn.Module:
-    """The decoder stack of a language model, without its head."""
+    """The decoder stack of a language model, without its head and its last norm, which nobody here reads."""
     from transformers import AutoModel
 
     model: nn.Module = AutoModel.from_config(config, dtype=torch.float32)
+    model.norm = nn.Identity()
     return model
 
 
@@ -189,6 +198,11 @@ def tokenizer(folder: Path) -> Any:
     return words
 
 
+def _encoder(kind: Kind, folder: Path, device: torch.device, keep: Sequence[int] = ()) -> LayerByLayer:
+    model, weights = _empty(folder, kind, keep)
+    return LayerByLayer(model, weights, device, layers=kind.layers, keep=keep)
+
+
 def in_waves(
     texts: Sequence[str], bytes_each: int, encode: Callable[[Sequence[str]], Conditioning]
 ) -> Iterator[Conditioning]:
@@ -197,22 +211,52 @@ def in_waves(
     for start in range(0, len(texts), size):
         wave = encode(texts[start : start + size])
         yield from (wave[index : index + 1] for index in range(len(wave)))
+        del wave  # or it would wait in memory while the next is encoded
 
 
-def states_bytes(length: int, width: int, device: torch.device, kept: int = 1) -> int:
-    """What one text of `length` tokens holds while it is encoded: its current states and those that are kept."""
-    return length * width * compute_dtype(device).itemsize * (1 + 2 * kept)
+def states_bytes(length: int, width: int, device: torch.device, kept: int = 0) -> int:
+    """What one text of `length` tokens holds while it is encoded.
+
+    Its current states, some float32 temporaries of the last norm, the states that are kept, and these joined.
+    """
+    return length * width * (compute_dtype(device).itemsize * (1 + 2 * kept) + 12)
 
 
-def _encoder(
-    build: Callable[[Any], nn.Module], folder: Path, device: torch.device, *, layers: str, keep: Sequence[int] = ()
-) -> LayerByLayer:
-    """A network of transformers over the safetensors of a folder, whatever prefix they give its names.
+@dataclass(frozen=True)
+class Kind:
+    """A text network of transformers: how it is built from its configuration, and the path of its layers."""
+
+    build: Callable[[Any], nn.Module]
+    layers: str
+
+
+def check_encoder(folder: Path, kind: Kind, keep: Sequence[int] = ()) -> None:
+    """UserError unless the folder's headers hold every tensor of the network, and it has the layers to keep."""
+    _empty(folder, kind, keep)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """UserError for a folder with no file that a tokenizer is read from."""
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
+    ):
+        raise UserError(f"{folder} holds no tokenizer", "fetch the folder again")
+
+
+def _empty(folder: Path, kind: Kind, keep: Sequence[int]) -> tuple[nn.Module, Weights]:
+    """The network on the meta device and its tensors, whatever prefix the files give their names.
 
     T5's token embedding bears the name that its encoder and decoder share.
     """
     with init_empty_weights():
-        model = build(text_config(folder))
+        model = kind.build(text_config(folder))
+    layers = kind.layers
+    count = len(cast("nn.ModuleList", model.get_submodule(layers)))
+    if keep and max(keep) > count:
+        raise UserError(
+            f"{folder} has {count} layers, and this family reads its states after layer {max(keep)}",
+            "transformer and text encoder are of different models",
+        )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     weights = open_folder(folder)
     first = next(name for name in shapes if name.startswith(f"{layers}."))
@@ -222,4 +266,9 @@ def _encoder(
         raise UserError(f"{folder} holds no {first} of a text encoder", "fetch the folder again")
     own = weights.renamed({"shared.weight": f"{prefixes[0]}embed_tokens.weight"}).below(prefixes[0])
     own.expect(shapes, more=True)
-    return LayerByLayer(model, own, device, layers=layers, keep=keep)
+    return model, own
+
+
+T5 = Kind(t5_encoder, "block")
+CLIP = Kind(clip_text_model, "encoder.layers")
+LANGUAGE = Kind(language_model, "layers")

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from flux2_lora.errors import UserError
+from flux2_lora.networks.components import on_meta, shapes_of
 from flux2_lora.sources import ModelFiles, check_class
 from flux2_lora.weights import Weights, open_file, open_folder, read_json
 
@@ -31,23 +31,17 @@ def open_transformer(files: ModelFiles, kind: str, architecture: str, family: st
     return open_folder(files.transformer)
 
 
-def on_meta(kind: str, config: Mapping[str, Any]) -> nn.Module:
-    """A transformer of Diffusers without memory, in evaluation mode."""
-    import diffusers
-
-    with init_empty_weights():
-        transformer: nn.Module = getattr(diffusers, kind)(**config)
-    return transformer.eval()
-
-
 def empty_transformer(
     files: ModelFiles, kind: str, weights: Weights, read_off: Callable[[Shapes], dict[str, Any]]
 ) -> nn.Module:
     """The transformer on the meta device, in evaluation mode; UserError unless `weights` has exactly its tensors."""
-    one_file = files.transformer.is_file()
-    config = read_off(weights.shapes) if one_file else read_json(files.transformer / "config.json")
-    transformer = on_meta(kind, {key: value for key, value in config.items() if not key.startswith("_")})
-    weights.expect({name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()})
+    if files.transformer.is_file():
+        config = read_off(weights.shapes)
+        _refuse_lost_blocks(files, config)
+    else:
+        config = read_json(files.transformer / "config.json")
+    transformer = on_meta(kind, config, str(files.transformer))
+    weights.expect(shapes_of(transformer))
     return transformer
 
 
@@ -86,6 +80,18 @@ def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:
 def blocks_of(shapes: Shapes, kind: str) -> int:
     """How many blocks stand under `kind`: transformer_blocks or single_transformer_blocks."""
     return len({name.split(".")[1] for name in shapes if name.startswith(f"{kind}.")})
+
+
+def _refuse_lost_blocks(files: ModelFiles, config: Mapping[str, Any]) -> None:
+    """UserError for a file with fewer or more blocks than the model beside it says, where it says so."""
+    beside = files.components / "transformer" / "config.json"
+    said = read_json(beside) if beside.is_file() else {}
+    for key, kind in (("num_layers", "double"), ("num_single_layers", "single")):
+        if said.get(key, config[key]) != config[key]:
+            raise UserError(
+                f"{files.transformer} holds {config[key]} {kind} blocks, its model has {said[key]} ({files.option})",
+                "the file is incomplete, or model.components is another model's",
+            )
 
 
 def _refuse_other_files(files: ModelFiles, shapes: Shapes, architecture: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flux2_lora import adapters
-from flux2_lora.adapters import Adapter, AdapterSpec, attach, attach_trained, set_strengths, state_of
+from flux2_lora.adapters import Adapter, AdapterSpec, attach, attach_trained, read_adapters, set_strengths, state_of
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.errors import UserError
 from flux2_lora.families import ModelFamily
@@ -119,7 +119,7 @@ def test_a_saved_adapter_draws_the_same_when_it_is_read(
     filled(transformer)
     saved = Adapter(state=state_of(transformer), rank=4, alpha=8, targets=SPEC.targets, family=family.name)
     adapters.save_adapter(tmp_path / adapters.WEIGHTS, saved)
-    names = attach_trained(bare, family, [str(tmp_path)])
+    names = attach_trained(bare, "flux2", read_adapters([str(tmp_path)], family.name))
     set_strengths(bare, dict.fromkeys(names, 1.0))
     assert torch.equal(velocity(family, bare), velocity(family, transformer))
 
@@ -130,7 +130,7 @@ def test_an_adapter_of_another_family_is_refused_by_name(
     other = Adapter(state={"x": torch.zeros(1)}, rank=4, alpha=4, targets=["mlp"], family="flux1")
     adapters.save_adapter(tmp_path / adapters.WEIGHTS, other)
     with pytest.raises(UserError, match="of the family flux1, the model is of flux2_small"):
-        attach_trained(transformer, family, [str(tmp_path)])
+        read_adapters([str(tmp_path)], family.name)
 
 
 def test_tensors_that_do_not_fit_are_named(family: ModelFamily, transformer: nn.Module) -> None:

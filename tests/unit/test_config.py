@@ -44,6 +44,12 @@ def parsed(argument: str) -> object:
         ("group.targets=['a, b', \"c\"]", ["a, b", "c"]),
         ("group.targets=[it's one, of [two, three]]", ["it's one", "of [two, three]"]),
         ("group.targets=[]", []),
+        (r'group.targets=["he said \"x\", y", z]', ['he said "x", y', "z"]),
+        (r"group.targets=['it\'s', 'a' or 'b']", ["it's", "'a' or 'b'"]),
+        (r"folder=C:\pics\rome", r"C:\pics\rome"),
+        ("folder=C:\\pics\\", "C:\\pics\\"),
+        (r"folder=\\server\it's", r"\\server\it's"),
+        (r"group.targets=[C:\a\b, d]", [r"C:\a\b", "d"]),
     ],
 )
 def test_a_value_arrives_as_it_was_typed(argument: str, value: object) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 from flux2_lora.errors import UserError
@@ -36,10 +37,17 @@ def klein(folders: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(folders["flux2_klein"], tmp_path / "klein"))
 
 
-def opened(path: Path | str, family: str = "flux2_klein", components: Path | None = None, **more: Any) -> Model:
+def opened(
+    path: Path | str,
+    family: str = "flux2_klein",
+    components: Path | None = None,
+    *,
+    to_train: bool = False,
+    **more: Any,
+) -> Model:
     place = None if components is None else str(components)
     spec = ModelSpec(family=family, path=str(path), components=place, title="Mini", architecture_name="mini", **more)
-    return open_model(spec)
+    return open_model(spec, to_train=to_train)
 
 
 @contextmanager
@@ -60,10 +68,89 @@ def test_a_folder_of_another_family_is_refused(folders: dict[str, Path], other: 
         opened(folders[other])
 
 
-@pytest.mark.parametrize("family", ["flux2_small", "flux1", "flux2_dev"])
-def test_each_family_refuses_the_folder_of_klein(folders: dict[str, Path], family: str) -> None:
-    with refused(""):
+@pytest.mark.parametrize(
+    ("family", "what"),
+    [
+        ("flux2_small", "text_encoder holds Qwen3ForCausalLM"),
+        ("flux2_dev", "text_encoder holds Qwen3ForCausalLM"),
+        ("flux1", "lacks text_encoder_2/, tokenizer_2/"),
+    ],
+)
+def test_each_family_refuses_the_folder_of_klein(folders: dict[str, Path], family: str, what: str) -> None:
+    with refused(what):
         opened(folders["flux2_klein"], family)
+
+
+def test_a_folder_with_a_transformer_alone_takes_the_rest_from_components(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders["flux2_klein"] / "transformer", tmp_path / "tuned" / "transformer")
+    model = opened(tmp_path / "tuned", components=folders["flux2_klein"])
+    assert model.files.transformer == tmp_path / "tuned" / "transformer"
+    assert model.files.components == folders["flux2_klein"]
+    with refused("lacks vae/, text_encoder/, tokenizer/"):
+        opened(tmp_path / "tuned")
+
+
+@pytest.mark.parametrize("change", [{"future_option": 1}, {"quantization_config": None}])
+def test_a_configuration_of_another_version_is_read_as_far_as_it_is_known(klein: Path, change: dict[str, Any]) -> None:
+    config = klein / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    assert opened(klein)
+
+
+def test_a_configuration_that_builds_nothing_is_named(klein: Path) -> None:
+    config = klein / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": "two"}))
+    with refused("transformer/config.json builds no Flux2Transformer2DModel"):
+        opened(klein)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda tensors: tensors.pop("bn.running_mean"), "1 missing (bn.running_mean)"),
+        (lambda tensors: tensors.update({"decoder.conv_out.bias": torch.ones(7)}), "1 mis-shaped (decoder.conv_out"),
+    ],
+)
+def test_tensors_of_the_vae_that_do_not_fit_are_named(klein: Path, change: Callable[[Any], Any], what: str) -> None:
+    path = klein / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    with refused(what):
+        opened(klein)
+
+
+def test_a_pickle_beside_the_vae_is_not_opened(klein: Path) -> None:
+    path = klein / "vae" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(".fp16.safetensors"))
+    path.with_suffix(".bin").write_bytes(b"\x80\x04K\x00.")
+    assert opened(klein).load_vae(torch.device("cpu"))
+
+
+def test_a_text_encoder_with_too_few_layers_is_refused(klein: Path) -> None:
+    config = klein / "text_encoder" / "config.json"
+    content = json.loads(config.read_text())
+    content |= {"num_hidden_layers": 20, "layer_types": ["full_attention"] * 20}
+    config.write_text(json.dumps(content))
+    with refused("has 20 layers, and this family reads its states after layer 27"):
+        opened(klein)
+
+
+def test_an_empty_tokenizer_folder_is_named(klein: Path) -> None:
+    shutil.rmtree(klein / "tokenizer")
+    (klein / "tokenizer").mkdir()
+    with refused(f"{klein}/tokenizer holds no tokenizer"):
+        opened(klein)
+
+
+def test_a_file_that_has_lost_a_block_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    whole = load_file(folders["flux2_klein"] / "transformer" / "diffusion_pytorch_model.safetensors")
+    cut = {key: tensor for key, tensor in whole.items() if not key.startswith("single_transformer_blocks.1.")}
+    save_file(cut, tmp_path / "cut.safetensors")
+    with refused("holds 1 single blocks, its model has 2"):
+        opened(tmp_path / "cut.safetensors", components=folders["flux2_klein"])
 
 
 def test_a_transformer_file_of_another_architecture_is_named(folders: dict[str, Path]) -> None:
@@ -109,13 +196,28 @@ def test_a_text_encoder_of_the_wrong_width_is_refused_with_both(klein: Path) -> 
 
 def test_a_distilled_base_is_refused_for_training_unless_forced(klein: Path) -> None:
     index = klein / "model_index.json"
-    assert opened(klein).refuse_distilled() is None
+    assert opened(klein, to_train=True)
     index.write_text(json.dumps({**json.loads(index.read_text()), "is_distilled": True}))
     with refused("is distilled to a few steps", "model.train_distilled=true"):
-        opened(klein).refuse_distilled()
-    with refused("is distilled to a few steps"):
-        opened(klein, distilled=True).refuse_distilled()
-    opened(klein, train_distilled=True).refuse_distilled()
+        opened(klein, to_train=True)
+    assert opened(klein)
+    assert opened(klein, to_train=True, train_distilled=True)
+
+
+def test_what_needs_no_download_is_refused_before_one(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    def fetch(*_: object, **__: object) -> None:
+        raise AssertionError("nothing should be fetched")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert "is distilled" in command("train", "model=flux2_klein_4b").err
+    real = ("model=flux2_klein_base_4b", "device=cpu")
+    assert "did you mean attention?" in command("train", *real, "adapter.targets=[atention]").err
+    assert "dataset.folder=nowhere" in command("train", *real, "dataset.folder=nowhere").err
+    assert "resume=nowhere" in command("train", *real, "resume=nowhere").err
+    assert "outputs/none" in command("sample", *real, "adapters=[outputs/none]").err
+    assert "outputs/none" in command("edit", *real, "adapters=[outputs/none]").err
 
 
 def test_train_refuses_the_distilled_klein_and_sample_takes_it(klein: Path, command: Command) -> None:
@@ -215,6 +317,16 @@ def test_what_the_hub_refuses_is_told_in_one_line(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with refused(what, remedy):
         opened("black-forest-labs/FLUX.2-dev")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CAS: closed\nmore"), HfHubHTTPError.__bases__[0]("x")])
+def test_a_download_that_breaks_off_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fetch(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with refused("the download broke off", "goes on with it"):
+        opened("black-forest-labs/FLUX.2-klein-base-4B")
 
 
 def test_only_the_parts_that_are_needed_are_fetched(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,9 +130,8 @@ def test_a_missing_tensor_of_the_text_encoder_is_named(tmp_path: Path) -> None:
     tensors = load_file(path)
     del tensors["model.layers.3.mlp.up_proj.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
-    model = open_model(ModelSpec(family="flux2_klein", path=str(folder), title="", architecture_name=""))
     with pytest.raises(UserError, match=r"1 missing \(layers\.3\.mlp\.up_proj\.weight\)"):
-        model.load_prompt_encoder(CPU)
+        open_model(ModelSpec(family="flux2_klein", path=str(folder), title="", architecture_name=""))
 
 
 @pytest.mark.parametrize("kept", [True, False])
