@@ -1,6 +1,7 @@
 """Look at a folder before training on it: what will be cropped, skipped, held out, and what is odd in the captions.
 
-Nothing is trained or cached; the one file written is a contact sheet of the very crops that training would see.
+Nothing is trained or encoded; what is written is a contact sheet of the very crops that training would see, the list of
+what cannot be used, and a note of what was decoded, so that training need not decode it to look at it again.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from flux2_lora.buckets import assign, crop_loss
+from flux2_lora.buckets import crop_loss, upscale
+from flux2_lora.caches import CacheSpec
 from flux2_lora.config import program
-from flux2_lora.dataset import DatasetSpec, Record, Scan, crop_to, open_rgb, scan, scan_validation
+from flux2_lora.dataset import DatasetSpec, Record, Scan, scan
+from flux2_lora.dataset.crops import Crop
+from flux2_lora.dataset.pictures import crop_mask, crop_to, open_mask, open_picture
+from flux2_lora.dataset.seen import Memory
 from flux2_lora.errors import listed
 from flux2_lora.families import ModelSpec, load_family
 from flux2_lora.files import write_bytes
@@ -31,6 +36,8 @@ LONGEST_CAPTION = 350
 SHEET_PICTURES = 60
 CELL_PX, GAP_PX, TEXT_PX, TEXT_LINES = 288, 20, 16, 4
 PAPER, INK, GREY, TAG = "#ffffff", "#111111", "#666666", "#0b57d0"
+DIMMED = 0.25
+"""How much of the picture still shows where its mask is black."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,65 +46,93 @@ class InspectConfig:
 
     model: ModelSpec
     dataset: DatasetSpec
+    cache: CacheSpec
+    name: str
+    output_dir: str = "outputs"
     seed: int = option(0, at_least=0)
     output: str = "outputs/inspect.png"
 
 
 @program("inspect")
 def main(config: InspectConfig) -> None:
-    family = load_family(config.model.family)
-    inspect(config.dataset, config.seed, Path(config.output).expanduser(), family.pixels_per_token)
-
-
-def inspect(spec: DatasetSpec, seed: int, output: Path, step: int) -> None:
-    """Print the report on dataset.folder and write the contact sheet (PNG) to `output`; `step` is the bucket step."""
+    """Print the report and write the contact sheet."""
     # File names and captions hold brackets and colons, which are not meant as rich's markup.
     console = Console(markup=False, emoji=False, highlight=False)
-    found = scan(spec)
-    training, validation = scan_validation(spec, found, seed)
-    console.print(f"{spec.folder}: {len(training)} pictures to train on, {len(validation)} for validation")
-    records = sorted(training + validation, key=lambda record: record.path)
-    console.print(bucket_table(records, spec.resolution, step))
-    for line in caption_problems(records) + same_pictures(records):
-        console.print(line, style="yellow")
-    if found.skipped:
-        console.print(skipped_table(found))
-    write_sheet(output, records, validation, spec.resolution, step)
-    console.print(f"contact sheet: {output}")
+    cache, skipped = config.cache.place, Path(config.output_dir).expanduser() / config.name / "skipped.txt"
+    memory, step = Memory(cache / "pictures.json"), load_family(config.model.family).pixels_per_token
+    found = scan(config.dataset, seed=config.seed, step=step, memory=memory, cache=cache, report=skipped)
+    memory.save()
+    counts = f"{len(found.training)} pictures to train on, {len(found.validation)} for validation"
+    console.print(f"{config.name}: {counts}", soft_wrap=True)
+    console.print(source_table(found))
+    console.print(bucket_table(found.training))
+    for line in [*found.report(skipped), *caption_problems(found), *same_pictures(found)]:
+        console.print(line, style="yellow", soft_wrap=True)
+    sheet_file = Path(config.output).expanduser()
+    write_sheet(sheet_file, found, config.dataset.background, config.seed)
+    console.print(f"contact sheet: {sheet_file}", soft_wrap=True)
 
 
-def bucket_table(records: Sequence[Record], resolution: int, step: int) -> Table:
-    """One row a bucket: pictures in it, how much of them a crop cuts off, how many must be enlarged."""
-    members: dict[tuple[int, int], list[Record]] = defaultdict(list)
-    for record, bucket in zip(records, buckets_of(records, resolution, step), strict=True):
-        members[bucket].append(record)
-    table = Table(title=f"buckets at {resolution} px", title_justify="left")
-    for heading in ("height x width", "pictures", "cropped away", "enlarged"):
-        table.add_column(heading, justify="right")
-    for (height, width), group in sorted(members.items()):
-        loss = mean(crop_loss(record.width, record.height, (height, width)) for record in group)
-        enlarged = sum(record.width < width or record.height < height for record in group)
-        table.add_row(f"{height} x {width}", str(len(group)), f"{loss:.1%}", str(enlarged or "-"))
+def source_table(found: Scan) -> Table:
+    """One row a source: its pictures, what an epoch sees of them, how they are trained."""
+    table = Table(title="sources", title_justify="left")
+    table.add_column("source", overflow="fold")
+    for heading in ("pictures", "an epoch sees", "texts", "weight", "masks"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("for", no_wrap=True)
+    for use, records in (("training", found.training), ("validation", found.validation)):
+        groups: dict[tuple[str, bool], list[Record]] = defaultdict(list)
+        for record in records:
+            groups[record.source.name, record.source.regularisation].append(record)
+        for (name, regularisation), group in groups.items():
+            table.add_row(
+                name,
+                str(len(group)),
+                str(sum(record.repeats * len(record.buckets) for record in group)),
+                str(len({text for record in group for text in record.texts})),
+                f"{group[0].source.weight:g}",
+                str(sum(record.mask is not None for record in group) or "-"),
+                "regularisation" if regularisation else use,
+            )
     return table
 
 
-def buckets_of(records: Sequence[Record], resolution: int, step: int) -> list[tuple[int, int]]:
-    return assign([(record.width, record.height) for record in records], resolution, step)
+def bucket_table(records: Sequence[Record]) -> Table:
+    """One row a bucket: pictures in it, how much of them a crop cuts off, how many must be enlarged."""
+    members: dict[tuple[int, int], list[Record]] = defaultdict(list)
+    for record in records:
+        for bucket in record.buckets:
+            members[bucket].append(record)
+    table = Table(title="buckets", title_justify="left")
+    for heading in ("height x width", "pictures", "an epoch sees", "cropped away", "enlarged"):
+        table.add_column(heading, justify="right")
+    for bucket, group in sorted(members.items()):
+        loss = mean(crop_loss(record.width, record.height, bucket) for record in group)
+        enlarged = [times for record in group if (times := upscale(record.width, record.height, bucket)) > 1]
+        table.add_row(
+            f"{bucket[0]} x {bucket[1]}",
+            str(len(group)),
+            str(sum(record.repeats for record in group)),
+            f"{loss:.1%}",
+            f"{len(enlarged)}, to {max(enlarged):.2f} x" if enlarged else "-",
+        )
+    return table
 
 
-def caption_problems(records: Sequence[Record]) -> list[str]:
+def caption_problems(found: Scan) -> list[str]:
     """One line a problem: empty captions, captions that encoders will cut off, captions shared by pictures."""
-    lines = []
-    if empty := [record.path.name for record in records if not record.caption]:
+    records, lines = [*found.training, *found.validation], []
+    if empty := [record.name for record in records if not record.caption]:
         lines.append(f"empty caption: {listed(empty)}")
-    if long := [record.path.name for record in records if len(record.caption.split()) > LONGEST_CAPTION]:
+    if long := [record.name for record in records if len(record.caption.split()) > LONGEST_CAPTION]:
         lines.append(f"caption of more than {LONGEST_CAPTION} words, its end may be cut off: {listed(long)}")
     for caption, names in shared(records, lambda record: record.caption):
         lines.append(f'one caption for {len(names)} pictures, "{caption[:60]}": {listed(names)}')
     return lines
 
 
-def same_pictures(records: Sequence[Record]) -> list[str]:
+def same_pictures(found: Scan) -> list[str]:
+    records = [*found.training, *found.validation]
     return [f"the same picture {len(n)} times: {listed(n)}" for _, n in shared(records, lambda record: record.digest)]
 
 
@@ -105,32 +140,24 @@ def shared(records: Iterable[Record], of: Callable[[Record], str]) -> list[tuple
     """Values, not empty, that several records have, with the names of these records."""
     names: dict[str, list[str]] = defaultdict(list)
     for record in records:
-        names[of(record)].append(record.path.name)
+        names[of(record)].append(record.name)
     return [(value, group) for value, group in names.items() if value and len(group) > 1]
 
 
-def skipped_table(found: Scan) -> Table:
-    table = Table(title=f"{len(found.skipped)} skipped", title_justify="left")
-    table.add_column("file")
-    table.add_column("reason")
-    for name, reason in found.skipped:
-        table.add_row(name, reason)
-    return table
-
-
-def write_sheet(
-    path: Path, records: Sequence[Record], validation: Sequence[Record], resolution: int, step: int
-) -> None:
-    """A PNG of all crops with their captions; of a large folder, a spread of SHEET_PICTURES."""
-    count = min(len(records), SHEET_PICTURES)
-    chosen = [records[position * len(records) // count] for position in range(count)]
-    cells = [
-        cell(record, bucket, held_out=record in validation)
-        for record, bucket in zip(chosen, buckets_of(chosen, resolution, step), strict=True)
+def write_sheet(path: Path, found: Scan, background: str, seed: int) -> None:
+    """A PNG of the crops with their captions; of a large set, a spread of SHEET_PICTURES."""
+    every = [
+        (record, crop, record in found.validation)
+        for record in sorted((*found.training, *found.validation), key=lambda record: (record.source.name, record.name))
+        for bucket in record.buckets
+        for crop in record.crops(bucket, seed)
+        if not crop.mirrored
     ]
-    title = f"{len(chosen)} of {len(records)} pictures as training sees them, at {resolution} px"
+    count = min(len(every), SHEET_PICTURES)
+    chosen = [every[position * len(every) // count] for position in range(count)]
+    cells = [cell(record, crop, background, held_out=held_out) for record, crop, held_out in chosen]
     content = BytesIO()
-    sheet(title, cells).save(content, "PNG")
+    sheet(f"{len(chosen)} of {len(every)} crops as training sees them", cells).save(content, "PNG")
     write_bytes(path, content.getvalue())
 
 
@@ -150,23 +177,38 @@ def sheet(title: str, cells: Sequence[Image.Image]) -> Image.Image:
     return page
 
 
-def cell(record: Record, bucket: tuple[int, int], *, held_out: bool) -> Image.Image:
-    """The crop as large as the cell allows, above its label."""
-    picture = ImageOps.contain(to_image(crop_to(open_rgb(record.path), *bucket)), (CELL_PX, CELL_PX))
-    below = label(record, bucket, held_out=held_out)
+def cell(record: Record, crop: Crop, background: str, *, held_out: bool) -> Image.Image:
+    """The crop as large as the cell allows, dimmed where its mask is black, above its label."""
+    picture = ImageOps.contain(to_image(crop_pixels(record, crop, background)), (CELL_PX, CELL_PX))
+    below = label(record, crop, held_out=held_out)
     made = Image.new("RGB", (CELL_PX, picture.height + below.height), PAPER)
     made.paste(picture, ((CELL_PX - picture.width) // 2, 0))
     made.paste(below, (0, picture.height))
     return made
 
 
-def label(record: Record, bucket: tuple[int, int], *, held_out: bool) -> Image.Image:
+def crop_pixels(record: Record, crop: Crop, background: str) -> Tensor:
+    """Pixels [3 h w] in [-1, 1]."""
+    opened = open_picture(record.path, background=background)
+    pixels = crop_to(opened.image, crop.height, crop.width, crop.centering)
+    painted = opened.alpha
+    if record.mask is None or (record.mask.path is None and painted is None):
+        return pixels
+    if record.mask.path is not None:
+        painted = open_mask(record.mask.path)
+    assert painted is not None
+    kept = crop_mask(painted, crop.height, crop.width, crop.centering)
+    return pixels * (DIMMED + (1 - DIMMED) * kept) + (1 - DIMMED) * (1 - kept)
+
+
+def label(record: Record, crop: Crop, *, held_out: bool) -> Image.Image:
     """The file's name, what became of the picture, and the first lines of its caption."""
     font, small, pitch = ImageFont.load_default(TEXT_PX), ImageFont.load_default(TEXT_PX - 3), TEXT_PX + 5
-    loss = crop_loss(record.width, record.height, bucket)
-    notes = ["validation"] * held_out + [f"{loss:.0%} cut off"] * (loss >= 0.05) + [f"{bucket[0]} x {bucket[1]}"]
+    loss = crop_loss(record.width, record.height, (crop.height, crop.width))
+    notes = ["validation"] * held_out + [f"x{record.repeats}"] * (record.repeats > 1)
+    notes += [f"{loss:.0%} cut off"] * (loss >= 0.05) + [f"{crop.height} x {crop.width}"]
     right = ", ".join(notes)
-    name = wrapped(record.path.name, small, CELL_PX - int(small.getlength(right)) - 12, 1)[0]
+    name = wrapped(record.name, small, CELL_PX - int(small.getlength(right)) - 12, 1)[0]
     lines = wrapped(record.caption or "(empty caption)", font, CELL_PX, TEXT_LINES)
     made = Image.new("RGB", (CELL_PX, 10 + pitch * (len(lines) + 1)), PAPER)
     draw = ImageDraw.Draw(made)

@@ -7,22 +7,45 @@ counted and made again. A key spells everything that the entry depends on: nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flux2_lora.files import digest, tensors_digest, write_tensors
+from flux2_lora.options import option
 
-FORMAT = "1"
-"""Part of each key; to be raised when the meaning of stored tensors changes."""
+FORMAT = "2"
+"""Part of each key; to be raised when the meaning of stored tensors, or the code that makes them, changes."""
+
+KINDS = ("latents", "texts")
+IN_USE_S = 3600
+"""Seconds: an entry used more recently than this may be another run's, and is not pruned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """folder holds the caches, shared by all runs; entries beyond max_gb, or unused for max_days, are pruned."""
+
+    folder: str
+    max_gb: float | None = option(None, above=0)
+    max_days: float | None = option(None, above=0)
+
+    @property
+    def place(self) -> Path:
+        return Path(self.folder).expanduser()
 
 
 class TensorCache:
-    """One kind of tensors ("latents", "text"), one file an entry: <folder>/<kind>/<key[:2]>/<key>.safetensors.
+    """One kind of tensors (of KINDS), one file an entry: <folder>/<kind>/<key[:2]>/<key>.safetensors.
 
-    Two runs may share a folder: entries are written atomically, and equal keys mean equal contents.
+    Runs and processes may share a folder: entries are written atomically, and equal keys mean equal contents. The time
+    of change of an entry is that of its last use.
     """
 
     def __init__(self, folder: Path, kind: str) -> None:
@@ -37,39 +60,84 @@ class TensorCache:
 
     def load(self, key: str) -> dict[str, Tensor] | None:
         """The entry's tensors on the CPU, or None where it is absent or was damaged (and is now deleted)."""
-        path = self._path(key)
+        return self._read(key, whole=True)
+
+    def has(self, key: str) -> bool:
+        """Whether the entry is there, by its header alone: complete and of this key, its numbers not yet checked."""
+        return self._read(key, whole=False) is not None
+
+    def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write an entry atomically; after a power cut it may be damaged, and heals."""
+        metadata = {"key": key, "checksum": _checksum(key, tensors)}
+        write_tensors(self.path(key), tensors, metadata, durable=False)
+
+    def path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _read(self, key: str, *, whole: bool) -> dict[str, Tensor] | None:
+        path = self.path(key)
         try:
-            return _verified(path, key)
+            tensors = _verified(path, key, whole=whole)
         except FileNotFoundError:
             return None
         except (SafetensorError, ValueError):
             path.unlink(missing_ok=True)
             self.healed += 1
             return None
-
-    def store(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write an entry atomically."""
-        write_tensors(self._path(key), tensors, {"checksum": _checksum(key, tensors)})
-
-    def fetch(self, parts: Sequence[str], make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The entry of `parts` on the CPU, made and stored where it is not there yet."""
-        key = self.key(*parts)
-        found = self.load(key)
-        if found is None:
-            found = {name: tensor.detach().cpu() for name, tensor in make().items()}
-            self.store(key, found)
-        return found
-
-    def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
+        with suppress(OSError):  # another run may have pruned it in this moment
+            os.utime(path)
+        return tensors
 
 
-def _verified(path: Path, key: str) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Pruned:
+    """What `prune` deleted."""
+
+    entries: int
+    size: int
+
+
+def prune(folder: Path, *, max_bytes: float | None, max_age_s: float | None, keep: Collection[Path] = ()) -> Pruned:
+    """Delete entries unused for max_age_s, then the longest unused until at most max_bytes are left.
+
+    Entries in `keep`, and those used within the last hour, stay, whatever the limits say. So do files that are no
+    entries; what a killed process left half written goes.
+    """
+    now, kept = time.time(), {path.absolute() for path in keep}
+    states = {
+        path: state for kind in KINDS for path in folder.glob(f"{kind}/??/*") if (state := _state(path)) is not None
+    }
+    idle = {path: state for path, state in states.items() if now - state.st_mtime > IN_USE_S}
+    halves = [path for path in idle if path.name.startswith(".")]
+    entries = sorted(
+        (path for path in idle if path.suffix == ".safetensors" and path.absolute() not in kept),
+        key=lambda path: idle[path].st_mtime,
+    )
+    total = sum(state.st_size for state in states.values())
+    gone: list[Path] = []
+    for path in [*halves, *entries]:
+        old = max_age_s is not None and now - idle[path].st_mtime > max_age_s
+        crowded = max_bytes is not None and total > max_bytes
+        if old or crowded or path in halves:
+            path.unlink(missing_ok=True)
+            total -= idle[path].st_size
+            gone.append(path)
+    return Pruned(len(gone), sum(idle[path].st_size for path in gone))
+
+
+def _state(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
+def _verified(path: Path, key: str, *, whole: bool) -> dict[str, Tensor]:
     """Read an entry; raises SafetensorError or ValueError where it is not whole, or not the one of `key`."""
     with safe_open(path, framework="pt") as file:
         metadata, names = file.metadata() or {}, file.keys()
-        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
-    if metadata.get("checksum") != _checksum(key, tensors):
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names} if whole else {}
+    if metadata.get("key") != key or (whole and metadata.get("checksum") != _checksum(key, tensors)):
         raise ValueError(f"{path} fails its checksum")
     return tensors
 

@@ -28,6 +28,7 @@ class Program:
 PROGRAMS = {
     "train": Program(file="train/lora.py", does="train an adapter: prepare, learn, validate, preview, export"),
     "prepare": Program(file="data/prepare.py", does="fill the latent and text caches of a folder of pictures"),
+    "caption": Program(file="data/caption.py", does="write captions beside pictures, by a local Florence-2 or BLIP"),
     "inspect": Program(file="data/look.py", does="dry run on a folder: buckets, captions, a contact sheet"),
     "sample": Program(file="scripts/sample.py", does="grids of pictures from prompts, by adapters and strengths"),
     "edit": Program(file="scripts/edit.py", does="inpaint, outpaint, image to image"),

@@ -8,6 +8,7 @@ is wrong is said before anything is written: exit code 2, no traceback. Hydra li
 from __future__ import annotations
 
 import dataclasses
+import keyword
 import re
 import sys
 import typing
@@ -31,8 +32,18 @@ Spec = TypeVar("Spec")
 _HYDRA_FLAGS = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info", "-m", "--multirun")
 
 OmegaConf.register_new_resolver("share", lambda place: str(share() / place), replace=True)
-# A run is named after its folder of pictures: data/demo -> demo.
-OmegaConf.register_new_resolver("run_name", lambda folder: Path(folder).expanduser().resolve().name, replace=True)
+
+
+def _run_name(dataset: Any) -> str:
+    """A run is named after what it trains on: data/demo -> demo, owner/pictures -> pictures, kohya.toml -> kohya."""
+    options = typing.cast("dict[str, Any]", OmegaConf.to_container(dataset, resolve=True))
+    first = next((source for source in options.get("sources") or [] if isinstance(source, dict)), {})
+    places = (options.get("import"), options.get("hub"), first.get("folder"), first.get("hub"), options["folder"])
+    place = Path(str(next(filter(None, places)))).expanduser().resolve()
+    return place.stem if options.get("import") else place.name
+
+
+OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
 
 
 def program(name: str) -> Callable[[Callable[[Spec], None]], Callable[[], None]]:
@@ -58,7 +69,7 @@ def program(name: str) -> Callable[[Callable[[Spec], None]], Callable[[], None]]
 
 def save_resolved(spec: Any, path: Path) -> None:
     """All options of a run, nothing left to interpolate, as YAML."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(spec)))
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(_plain(spec))))
 
 
 def read_resolved(path: Path) -> dict[str, Any]:
@@ -75,9 +86,16 @@ def changed_options(before: dict[str, Any], now: Any, ignored: tuple[str, ...]) 
     An option that only one side knows is no difference: another version of this program has it.
     """
     then = _leaves(OmegaConf.create(before))
-    today = _leaves(OmegaConf.structured(now))
+    today = _leaves(OmegaConf.create(_plain(now)))
     names = [name for name in then if name in today and not name.startswith(ignored)]
     return [f"{n}: {then[n]} -> {today[n]}" for n in names if then[n] != today[n]]
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dictionaries by the names of options: import_ is import, which Python keeps for itself."""
+    if dataclasses.is_dataclass(value):
+        return {entry.name.rstrip("_"): _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    return [_plain(part) for part in value] if isinstance(value, list) else value
 
 
 def _exit_on_user_error(action: Callable[[], object]) -> None:
@@ -102,13 +120,19 @@ def _typed(composed: DictConfig, schema: type[Spec]) -> Spec:
 def _built(plain: dict[str, Any], schema: type[Spec], prefix: str) -> Spec:
     """One level of options; nested dataclasses first, since OmegaConf cannot merge into frozen ones."""
     kinds = typing.get_type_hints(schema)
+    plain = {f"{key}_" if keyword.iskeyword(str(key)) else str(key): value for key, value in plain.items()}
     unknown = [key for key in plain if key not in kinds]
     if unknown:
         raise UserError(f"{prefix}{unknown[0]} is not an option", did_you_mean(unknown[0], list(kinds)))
-    nested = {
+    nested: dict[str, Any] = {
         name: _built(plain.get(name) or {}, typing.cast("type[Any]", kind), f"{prefix}{name}.")
         for name, kind in kinds.items()
         if dataclasses.is_dataclass(kind)
+    }
+    nested |= {
+        name: _built_list(plain.get(name) or [], typing.get_args(kind)[0], prefix + name)
+        for name, kind in kinds.items()
+        if typing.get_origin(kind) is list and dataclasses.is_dataclass(typing.get_args(kind)[0])
     }
     node = OmegaConf.structured(schema)
     OmegaConf.set_readonly(node, False)
@@ -119,11 +143,20 @@ def _built(plain: dict[str, Any], schema: type[Spec], prefix: str) -> Spec:
     return schema(**{name: value for name, value in flat.items() if name not in nested}, **nested)
 
 
+def _built_list(items: Any, schema: type[Spec], name: str) -> list[Spec]:
+    """A list of groups of options, as [{folder: a, repeats: 2}, {folder: b}]."""
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise UserError(f"{name}={items} is not a list of options in braces", f"write {name}='[{{folder: pictures}}]'")
+    return [_built(item, schema, f"{name}[{place}].") for place, item in enumerate(items)]
+
+
 def _assign(node: DictConfig, schema: type, name: str, value: Any, prefix: str) -> None:
+    wanted = str(typing.get_type_hints(schema)[name])
+    if wanted.startswith("list[") and not isinstance(value, list) and value is not None:
+        value = [value]  # one value stands for a list of one
     try:
         node[name] = value
     except OmegaConfBaseException as error:
-        wanted = str(typing.get_type_hints(schema)[name])
         raise UserError(
             f"{prefix}{name}={value} is not {_described(wanted)}", f"{str(error).splitlines()[0]}"
         ) from error
@@ -237,7 +270,8 @@ def _items(inside: str) -> list[str]:
 
 def _kind_of(schema: type, path: list[str]) -> Any:
     """The type of a dotted option, None where there is no such option."""
-    kind: Any = typing.get_type_hints(schema).get(path[0])
+    hints = typing.get_type_hints(schema)
+    kind: Any = hints.get(path[0]) or hints.get(f"{path[0]}_")
     if len(path) > 1:
         return _kind_of(typing.cast("type", kind), path[1:]) if dataclasses.is_dataclass(kind) else None
     return kind

@@ -18,21 +18,23 @@ from safetensors.torch import save
 from torch import Tensor
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write atomically and durably; creates parent folders."""
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write atomically; creates parent folders. durable: safe from a power cut too, and slower."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(part, 0o644)
         os.replace(part, path)
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -49,10 +51,12 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, written atomically."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, durable: bool = True
+) -> None:
+    """A safetensors file, written as by `write_bytes`."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(contiguous, metadata=dict(metadata or {})))
+    write_bytes(path, save(contiguous, metadata=dict(metadata or {})), durable=durable)
 
 
 def digest(*parts: bytes | str) -> str:
@@ -63,6 +67,11 @@ def digest(*parts: bytes | str) -> str:
         total.update(len(raw).to_bytes(8, "little"))
         total.update(raw)
     return total.hexdigest()[:32]
+
+
+def sha256(content: bytes) -> str:
+    """What a file's bytes are known by: their SHA-256, 32 hex digits."""
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -95,7 +104,8 @@ class FileDigests:
             if re.fullmatch("[0-9a-f]{64}", place.name):  # a large file in the hub's cache is named by its SHA-256
                 parts += [file.name, place.name]
                 continue
-            stamp = f"{place}|{file.stat().st_size}|{file.stat().st_mtime_ns}"
+            state = file.stat()  # on POSIX the time of change betrays even a file whose date was put back
+            stamp = f"{place}|{state.st_size}|{state.st_mtime_ns}|{state.st_ctime_ns}"
             if stamp not in known:
                 with file.open("rb") as opened:
                     fresh[stamp] = hashlib.file_digest(opened, "sha256").hexdigest()

@@ -61,6 +61,13 @@ def mix(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     return (1 - level) * latents + level * noise
 
 
-def velocity_error(predicted: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error to noise - latents for every sample, in float32. [b c h w] x 3 -> [b]."""
-    return (predicted.float() - (noise - latents).float()).square().mean(dim=(1, 2, 3))
+def velocity_error(predicted: Tensor, latents: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error to noise - latents for every sample, in float32. [b c h w] x 3 -> [b].
+
+    mask: [b 1 h w], what each place counts; its own scale does not matter, and a mask of zeros gives 0.
+    """
+    error = (predicted.float() - (noise - latents).float()).square()
+    if mask is None:
+        return error.mean(dim=(1, 2, 3))
+    total = mask.sum(dim=(1, 2, 3)).clamp_min(1e-6)
+    return (error.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / total

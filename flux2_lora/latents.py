@@ -8,9 +8,23 @@ Noise is drawn, cached, mixed and edited in the middle form; only the transforme
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What a VAE says of a picture: a normal distribution of normalised latents. mean, std: [b c h w]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def draw(self, stream: torch.Generator) -> Tensor:
+        """One of the latents that the picture may have, [b c h w]; `stream` is on the CPU."""
+        return self.mean + self.std * torch.randn(self.mean.shape, generator=stream).to(self.mean)
 
 
 def patchify(vae_latents: Tensor) -> Tensor:

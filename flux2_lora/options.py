@@ -28,19 +28,27 @@ def option(
 def check(spec: Any, prefix: str = "") -> None:
     """UserError for the first value, in reading order, outside the limits of its option; `prefix` ends in a dot."""
     for field in dataclasses.fields(spec):
-        value, name = getattr(spec, field.name), prefix + field.name
-        if dataclasses.is_dataclass(value):
-            check(value, f"{name}.")
-        elif field.metadata and value is not None:
-            _check_value(name, value, field.metadata)
+        value, name = getattr(spec, field.name), prefix + field.name.rstrip("_")
+        for place, part in _parts(name, value):
+            if dataclasses.is_dataclass(part):
+                check(part, f"{place}.")
+            elif field.metadata and part is not None:
+                _check_value(place, part, field.metadata)
+
+
+def _parts(name: str, value: Any) -> list[tuple[str, Any]]:
+    """A value, or each of a list, with the name that a user would give it."""
+    if isinstance(value, list) and len(value) > 1:
+        return [(f"{name}[{place}]", part) for place, part in enumerate(value)]
+    return [(name, part) for part in (value if isinstance(value, list) else [value])]
 
 
 def _check_value(name: str, value: Any, limits: Any) -> None:
-    if limits["one_of"]:
+    if limits.get("one_of"):
         if value not in limits["one_of"]:
             raise UserError(f"{name}={value} is not a choice", did_you_mean(str(value), limits["one_of"]))
         return
-    low, above, high = limits["at_least"], limits["above"], limits["at_most"]
+    low, above, high = limits.get("at_least"), limits.get("above"), limits.get("at_most")
     too_low = (low is not None and value < low) or (above is not None and value <= above)
     if too_low or (high is not None and value > high):
         bounds = [f"at least {low}"] if low is not None else [f"above {above}"] if above is not None else []

@@ -389,7 +389,7 @@ def train_transformer(work: Path, steps: int) -> None:
     rows = [rows[i] for i in wanted]
     vae = AutoencoderKLFlux2.from_pretrained(work / "vae").eval()
     with torch.no_grad():
-        latents = torch.cat([FAMILY.encode_pixels(vae, part) for part in pictures[wanted].split(64)])
+        latents = torch.cat([FAMILY.encode_pixels(vae, part).mean for part in pictures[wanted].split(64)])
     labels = json.loads((work / "node_modules" / NAMES[0] / "en/data.json").read_text())
     tokenizer = make_tokenizer(work, [x["label"] for x in labels] + [" ".join(x.get("tags", [])) for x in labels])
     tokens = torch.stack(

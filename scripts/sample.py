@@ -98,7 +98,7 @@ def draw(
     if source is not None:
         side = family.pixels_per_token
         fitted = fit(source, config.height // side * side, config.width // side * side)
-        start = family.encode_pixels(session.vae, to_pixels(fitted).to(device))
+        start = family.encode_pixels(session.vae, to_pixels(fitted).to(device)).mean
     strength = config.strength if source is not None else 1.0
     latents = generate(family, session.transformer, prompted, noise, config.steps, start=start, strength=strength)
     return to_pictures(family.decode_latents(session.vae, latents))[0]

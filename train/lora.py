@@ -23,20 +23,23 @@ from accelerate import Accelerator
 from torch import nn
 
 from flux2_lora.adapters import Adapter, AdapterSpec, attach, state_of, trainable
-from flux2_lora.buckets import assign, batch_at, batches_per_epoch
+from flux2_lora.buckets import batches_between, bucket_for
+from flux2_lora.caches import CacheSpec
 from flux2_lora.config import changed_options, program, read_resolved, save_resolved
-from flux2_lora.dataset import DatasetSpec, Record, crop_to, open_rgb, preview_prompts, scan, scan_validation
+from flux2_lora.dataset import DatasetSpec, Record, preview_prompts, scan
+from flux2_lora.dataset.pictures import crop_to, open_picture
+from flux2_lora.dataset.seen import Memory
 from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError, listed
 from flux2_lora.export import export_universal, header, table
-from flux2_lora.families import ModelFamily, ModelSpec, open_model
+from flux2_lora.families import ModelFamily, ModelSpec, load_family, open_model
 from flux2_lora.flow import TimestepSpec
 from flux2_lora.inference.pictures import to_pictures
 from flux2_lora.inference.previews import Previewer, PreviewSet, PreviewSpec
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec, load_frozen, stored_bytes
 from flux2_lora.targets import parse, resolve
-from flux2_lora.training.encoding import CachedSamples, Encoder, encode_samples
+from flux2_lora.training.encoding import CachedSamples, Encoder, encode_samples, prune_cache, texts_of
 from flux2_lora.training.interrupt import Interrupt
 from flux2_lora.training.memory import MemorySpec, compile_blocks
 from flux2_lora.training.optimizers import OptimizerSpec, learning_rate, make_optimizer
@@ -55,6 +58,7 @@ MAY_CHANGE = (
     "device",
     "loader_workers",
     "logger.",
+    "cache.",
 )
 
 
@@ -73,6 +77,7 @@ class TrainConfig:
     preview: PreviewSpec
     logger: LoggerSpec
     name: str
+    cache: CacheSpec
     output_dir: str = "outputs"
     seed: int = option(0, at_least=0)
     device: str = "auto"
@@ -88,29 +93,30 @@ class TrainConfig:
 def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the order in which it happens
     # 1. Look before anything is written: the pictures, the model, the run to go on with.
     device = pick_device(config.device)
-    found = scan(config.dataset)
-    records, held_out = scan_validation(config.dataset, found, config.seed)
+    run, family = Path(config.output_dir).expanduser() / config.name, load_family(config.model.family)
+    cache, skipped = config.cache.place, run / "skipped.txt"
+    memory, step_px = Memory(cache / "pictures.json"), family.pixels_per_token
+    found = scan(config.dataset, seed=config.seed, step=step_px, memory=memory, cache=cache, report=skipped)
+    records, held_out = found.training, found.validation
     for entry in config.adapter.targets:
         parse(entry)
-    run = Path(config.output_dir).expanduser() / config.name
     checkpoint = where_to_start(config, run)
     start = checkpoint.step if checkpoint else 0
     model = open_model(config.model, to_train=True)
-    family = model.family
     resolve(config.adapter.targets, family.architecture, model.projections(), config.adapter.rank)
     console.print(f"{config.name}: {len(records)} pictures, {len(held_out)} held out, on {device}")
-    for name, reason in found.skipped:
-        console.print(f"skipped {name}: {reason}")
+    for line in found.report(skipped):
+        console.print(line)
+    memory.save()
     save_resolved(config, run / "run.yaml")
 
     # 2. Encoders in a phase of their own: from here on only cached tensors are read.
-    encoder = Encoder(model, Path(config.output_dir).expanduser() / "cache", device)
-    step_px = family.pixels_per_token
-    sizes = assign([(r.width, r.height) for r in records], config.dataset.resolution, step_px)
+    encoder = Encoder(model, cache, device, background=config.dataset.background)
     encoder.encode_texts(all_texts(config, [*records, *held_out]))
-    samples = encode_samples(encoder, records, sizes, flip=config.dataset.flip, seed=config.seed)
+    samples = encode_samples(encoder, records, config.dataset, config.seed)
     validation = validation_samples(config, encoder, held_out)
     scene = preview_set(config, encoder, [*held_out, *records])
+    prune_cache(config.cache, encoder)
 
     # 3. The base, quantised and frozen, and the adapter beside its projections.
     transformer = load_frozen(model, config.precision, device)
@@ -157,7 +163,7 @@ def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the or
     # 5. The loop. Every draw is a function of (seed, step, sample), so stopping and going on changes nothing.
     latest = look(0) if start == 0 else None
     micro = config.grad_accumulation
-    order = batch_order(config, sizes, start * micro, config.max_steps * micro)
+    order = batch_order(config, samples, start * micro, config.max_steps * micro)
     stream = batches(samples, order, config.loader_workers)
     with Interrupt() as interrupt, StepBar(config.max_steps, start) as bar:
         for step in range(start, config.max_steps):
@@ -181,6 +187,8 @@ def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the or
             if interrupt.signal:
                 break
     metrics.close()
+    if encoder.healed:
+        console.print(f"{encoder.healed} damaged entries of the cache were made again")
     if interrupt.signal and checkpoint is not None and checkpoint.step < config.max_steps:
         console.print(f"stopped after step {checkpoint.step}; the same command goes on from {checkpoint.folder}")
         sys.exit(128 + interrupt.signal)
@@ -201,7 +209,7 @@ def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the or
             architecture=family.architecture,
             rank=config.adapter.rank,
             date=time.strftime("%Y-%m-%dT%H:%M:%S"),
-            resolution=(config.dataset.resolution, config.dataset.resolution),
+            resolution=(max(config.dataset.resolution),) * 2,
             trigger_phrase=config.dataset.trigger_word,
         ),
     )
@@ -230,46 +238,39 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def batch_order(
-    config: TrainConfig, sizes: Sequence[tuple[int, int]], start: int, stop: int
-) -> list[list[tuple[int, int]]]:
-    """(picture, epoch) of each batch from `start` up to `stop`."""
-    per_epoch = batches_per_epoch(sizes, config.batch_size)
-    return [
-        [(index, step // per_epoch) for index in batch_at(sizes, config.batch_size, config.seed, step)]
-        for step in range(start, stop)
-    ]
+def batch_order(config: TrainConfig, samples: CachedSamples, start: int, stop: int) -> list[list[tuple[int, int]]]:
+    """(item, epoch) of each batch from `start` up to `stop`."""
+    buckets = [item.bucket for item in samples.items]
+    order = batches_between(buckets, config.batch_size, config.seed, start, stop)
+    return [[(index, epoch) for index in batch] for epoch, batch in order]
 
 
 def all_texts(config: TrainConfig, records: Sequence[Record]) -> list[str]:
     """Every text of the run, to be encoded together: a large encoder's layers are then read once."""
     previews = [*config.preview.prompts, *preview_prompts(config.dataset), config.preview.negative_prompt]
-    return [*(record.caption for record in records), *previews]
+    return [*texts_of(records), *previews]
 
 
 def validation_samples(config: TrainConfig, encoder: Encoder, held_out: Sequence[Record]) -> list[Sample]:
     """Held-out pictures, encoded as the training pictures are; empty where there are none."""
-    chosen = held_out[: config.validation.most]
-    step_px = encoder.model.family.pixels_per_token
-    sizes = assign([(r.width, r.height) for r in chosen], config.dataset.resolution, step_px)
-    samples: CachedSamples = encode_samples(encoder, chosen, sizes, flip=False, seed=config.seed)
-    return [samples[index] for index in range(len(samples))]
+    samples = encode_samples(encoder, held_out[: config.validation.most], config.dataset, config.seed)
+    return [samples.still(index) for index in range(len(samples)) if samples.items[index].repeat == 0]
 
 
 def preview_set(config: TrainConfig, encoder: Encoder, records: Sequence[Record]) -> PreviewSet:
     """Prompts as the user gave them, or the captions of the first pictures; the first picture is the one edited."""
     texts = list(config.preview.prompts) or preview_prompts(config.dataset) or [r.caption for r in records]
     texts = texts[: config.preview.count]
-    side, edited = config.dataset.resolution, next((r for r in records if r.caption in texts), records[0])
+    side, edited = max(config.dataset.resolution), next((r for r in records if r.caption in texts), records[0])
     keys = encoder.encode_texts([*texts, config.preview.negative_prompt, edited.caption])
-    height, width = assign([(side, side)], side, encoder.model.family.pixels_per_token)[0]
+    height, width = bucket_for(side, side, side, encoder.model.family.pixels_per_token)
     return PreviewSet(
         texts=texts,
         conditioning=encoder.conditioning([keys[text] for text in texts]).to(encoder.device, torch.float32),
         negative=encoder.conditioning([keys[config.preview.negative_prompt]]).to(encoder.device, torch.float32),
         height_px=height,
         width_px=width,
-        edited=to_pictures(crop_to(open_rgb(edited.path), height, width)[None])[0],
+        edited=to_pictures(crop_to(open_picture(edited.path).image, height, width)[None])[0],
         edited_conditioning=encoder.conditioning([keys[edited.caption]]).to(encoder.device, torch.float32),
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.errors import UserError, did_you_mean
 from flux2_lora.keys import is_target
+from flux2_lora.latents import Posterior
 from flux2_lora.networks.components import TextEncoders, check_widths, empty_autoencoder, load_autoencoder
 from flux2_lora.networks.text import PromptEncoder
 from flux2_lora.networks.transformers import empty_transformer, open_transformer
@@ -93,8 +94,8 @@ class ModelFamily(Protocol):
     def configuration(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """What the transformer is built with, read off its tensors, for files that carry no configuration."""
 
-    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
-        """Pixels -> normalised latents, the mode of the posterior."""
+    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Posterior:
+        """Pixels -> normalised latents, as the VAE's posterior; its mean is the picture's own."""
 
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """Normalised latents -> pixels, clamped to [-1, 1]."""

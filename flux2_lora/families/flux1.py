@@ -47,10 +47,13 @@ class Flux1:
             "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
         }
 
-    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
+    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> geometry.Posterior:
         config: Any = vae.config
         posterior = vae.encode(pixels).latent_dist  # type: ignore[operator]
-        return geometry.patchify((posterior.mode() - config.shift_factor) * config.scaling_factor)
+        return geometry.Posterior(
+            mean=geometry.patchify((posterior.mode() - config.shift_factor) * config.scaling_factor),
+            std=geometry.patchify(posterior.std * config.scaling_factor),
+        )
 
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
         config: Any = vae.config

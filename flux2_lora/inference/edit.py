@@ -83,7 +83,7 @@ def inpaint(
 ) -> Image.Image:
     """Repaint `picture` where the grey `mask` is bright; both of noise's size in pixels."""
     device = noise.device
-    latents = family.encode_pixels(vae, to_pixels(picture).to(device))
+    latents = family.encode_pixels(vae, to_pixels(picture).to(device)).mean
     bright = torch.from_numpy(np.array(mask.convert("L")))[None, None].float().to(device) / 255
     touched = F.max_pool2d(bright, family.pixels_per_token)
     result = generate(

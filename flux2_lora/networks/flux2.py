@@ -49,9 +49,13 @@ class Flux2:
             "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
         }
 
-    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> Tensor:
+    def encode_pixels(self, vae: nn.Module, pixels: Tensor) -> geometry.Posterior:
         posterior = vae.encode(pixels).latent_dist  # type: ignore[operator]
-        return geometry.normalise(geometry.patchify(posterior.mode()), *_statistics(vae))
+        mean, var, eps = _statistics(vae)
+        return geometry.Posterior(
+            mean=geometry.normalise(geometry.patchify(posterior.mode()), mean, var, eps),
+            std=geometry.normalise(geometry.patchify(posterior.std), torch.zeros_like(mean), var, eps),
+        )
 
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
         restored = geometry.unpatchify(geometry.denormalise(latents, *_statistics(vae)))

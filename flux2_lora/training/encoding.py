@@ -1,133 +1,295 @@
 """The encoder phase: pictures and captions become cached tensors before the transformer is loaded.
 
-Keys are made of content: the bytes of the picture, the size it is cropped to, the weights that encode it, the text. So
+Law: keys are made of content: the bytes of the picture and its mask, the crop, the weights that encode it, the text. So
 a replaced picture, an edited caption or another VAE is encoded anew, and nothing else is. Each distinct text is encoded
-and stored once. An encoder is loaded only where something is missing, and dropped before the next one comes.
+and stored once. An encoder is loaded only where something is missing, and dropped before the next one comes. An entry
+found damaged, at any time, is made again alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
+from torch import Tensor, nn
+from torch.utils.data import Dataset, get_worker_info
 
-from flux2_lora.caches import TensorCache
+from flux2_lora.ahead import ahead
+from flux2_lora.caches import CacheSpec, TensorCache, prune
 from flux2_lora.conditioning import Conditioning
-from flux2_lora.dataset import Record, crop_to, open_rgb
+from flux2_lora.dataset import DatasetSpec, Record
+from flux2_lora.dataset.crops import Crop
+from flux2_lora.dataset.pictures import crop_mask, crop_to, open_mask, open_picture, read_file
 from flux2_lora.devices import compute_dtype
+from flux2_lora.errors import UserError
 from flux2_lora.families import Model
-from flux2_lora.files import FileDigests
+from flux2_lora.files import FileDigests, sha256
 from flux2_lora.flow import generator
+from flux2_lora.latents import Posterior
 from flux2_lora.training.step import Sample
+from flux2_lora.training.tracking import console, counted
+
+Job = tuple[Record, Crop]
 
 
 @dataclass(frozen=True)
+class Pixels:
+    """A crop before it is encoded. pixels: [3 h w] in [-1, 1]; mask: [1 h w] in tokens, None where all counts."""
+
+    pixels: Tensor
+    mask: Tensor | None
+
+
 class Encoder:
     """The encoder phase of one model over the two caches in `folder`."""
 
-    model: Model
-    folder: Path
-    device: torch.device
+    def __init__(self, model: Model, folder: Path, device: torch.device, *, background: str = "white") -> None:
+        self.model, self.folder, self.device, self.background = model, folder, device, background
+        self.latents = TensorCache(folder, "latents")
+        self.texts = TensorCache(folder, "texts")
+        self._jobs: dict[str, Job] = {}
+        self._texts: dict[str, str] = {}
 
-    @property
-    def latents(self) -> TensorCache:
-        return TensorCache(self.folder, "latents")
-
-    @property
-    def texts(self) -> TensorCache:
-        return TensorCache(self.folder, "texts")
-
-    @cached_property
-    def digests(self) -> FileDigests:
-        return FileDigests(self.folder / "digests.json")
-
-    def encode_pictures(self, crops: Sequence[tuple[Record, tuple[int, int], bool]]) -> list[str]:
-        """Cache the latents of (picture, (height, width), mirrored) and return their keys, in order."""
-        family = self.model.family
-        weights = self.digests.of_folder(self.model.files.components / "vae")
-        keys = [
-            self.latents.key(family.name, weights, record.digest, f"{h}x{w}", "mirrored" if mirrored else "")
-            for record, (h, w), mirrored in crops
-        ]
-        missing = [(key, crop) for key, crop in zip(keys, crops, strict=True) if self.latents.load(key) is None]
+    def encode_pictures(self, jobs: Sequence[Job]) -> list[str]:
+        """Cache the posterior of each crop (and its mask) and return their keys, in order."""
+        keys = [self._picture_key(*job) for job in jobs]
+        self._jobs |= dict(zip(keys, jobs, strict=True))
+        missing = [key for key in dict.fromkeys(keys) if not self.latents.has(key)]
         if missing:
-            vae = self.model.load_vae(self.device)
-            for key, (record, (h, w), mirrored) in missing:
-                pixels = crop_to(open_rgb(record.path), h, w)[None].to(self.device)
-                with torch.no_grad():
-                    latents = family.encode_pixels(vae, pixels.flip(-1) if mirrored else pixels)
-                self.latents.store(key, {"latents": latents[0].cpu()})
+            self._encode_pictures(missing)
         return keys
 
     def encode_texts(self, texts: Sequence[str]) -> dict[str, str]:
         """Cache every distinct text; returns text -> key."""
-        model = self.model
-        weights = [self.digests.of_folder(model.files.components / part) for part in model.family.text.parts]
-        how = [str(model.spec.max_sequence_length), str(compute_dtype(self.device))]
-        keys = {text: self.texts.key(model.family.name, *weights, *how, text) for text in texts}
-        missing = [text for text, key in keys.items() if self.texts.load(key) is None]
+        how = (str(self.model.spec.max_sequence_length), str(compute_dtype(self.device)))
+        keys = {text: self.texts.key(self.model.family.name, *self._text_weights, *how, text) for text in texts}
+        self._texts |= {key: text for text, key in keys.items()}
+        missing = [key for key in keys.values() if not self.texts.has(key)]
         if missing:
-            encode = model.load_prompt_encoder(self.device)
-            for text, one in zip(missing, encode(missing), strict=True):
-                pooled = {} if one.pooled is None else {"pooled": one.pooled[0]}
-                self.texts.store(keys[text], {"embeds": one.embeds[0], **pooled})
+            self._encode_texts(missing)
         return keys
+
+    def posterior(self, key: str) -> tuple[Posterior, Tensor]:
+        """The cached posterior of a crop, [c h w], and its mask, [1 h w]."""
+        entry = self.latents.load(key)
+        if entry is None:
+            self._encode_pictures([_in_main_process(key)])
+            entry = _present(self.latents, key)
+        mask = entry.get("mask", torch.ones_like(entry["mean"][:1]))
+        return Posterior(mean=entry["mean"], std=entry["std"]), mask
 
     def conditioning(self, keys: Sequence[str]) -> Conditioning:
         """Cached texts, stacked in the order of their keys."""
-        entries = [_present(self.texts, key) for key in keys]
+        entries = [self._text(key) for key in keys]
         pooled = torch.stack([entry["pooled"] for entry in entries]) if "pooled" in entries[0] else None
         return Conditioning(embeds=torch.stack([entry["embeds"] for entry in entries]), pooled=pooled)
+
+    def verify(self) -> None:
+        """Read every entry of this run in full, and make the damaged ones again."""
+        for key in self._jobs:
+            self.posterior(key)
+        for key in self._texts:
+            self._text(key)
+
+    @property
+    def healed(self) -> int:
+        """How many damaged entries were met, and made again."""
+        return self.latents.healed + self.texts.healed
+
+    def entries(self) -> set[Path]:
+        """The files of everything that was encoded or found here."""
+        return {self.latents.path(key) for key in self._jobs} | {self.texts.path(key) for key in self._texts}
+
+    @cached_property
+    def _digests(self) -> FileDigests:
+        return FileDigests(self.folder / "digests.json")
+
+    @cached_property
+    def _vae_weights(self) -> str:
+        return self._digests.of_folder(self.model.files.components / "vae")
+
+    @cached_property
+    def _text_weights(self) -> list[str]:
+        return [self._digests.of_folder(self.model.files.components / part) for part in self.model.family.text.parts]
+
+    def _picture_key(self, record: Record, crop: Crop) -> str:
+        background = self.background if record.transparent else ""
+        mask = record.mask.digest if record.mask else ""
+        return self.latents.key(
+            self.model.family.name, self._vae_weights, record.digest, crop.spelled(), mask, background
+        )
+
+    def _encode_pictures(self, keys: Sequence[str]) -> None:
+        """Encode one at a time, so that numbers do not depend on what else is missing; decode ahead in threads."""
+        vae = self.model.load_vae(self.device)
+        opened = ahead(lambda key: self._open(*self._jobs[key]), keys)
+        for key, found in counted("pictures encoded", zip(keys, opened, strict=True), len(keys)):
+            if len(keys) == 1 or not self.latents.path(key).is_file():  # another process may have been here
+                self.latents.store(key, self._encoded(vae, found))
+
+    def _open(self, record: Record, crop: Crop) -> Pixels:
+        """The crop's pixels and mask, from the very bytes that its key names."""
+        opened = open_picture(_bytes_of(record.path, record.digest), background=self.background)
+        pixels = crop_to(opened.image, crop.height, crop.width, crop.centering)
+        mask = None
+        if record.mask is not None:
+            file = record.mask.path
+            painted = opened.alpha if file is None else open_mask(_bytes_of(file, record.mask.digest))
+            assert painted is not None
+            side = self.model.family.pixels_per_token
+            mask = crop_mask(painted, crop.height // side, crop.width // side, crop.centering)
+        if crop.mirrored:
+            return Pixels(pixels.flip(-1), None if mask is None else mask.flip(-1))
+        return Pixels(pixels, mask)
+
+    @torch.no_grad()
+    def _encoded(self, vae: nn.Module, found: Pixels) -> dict[str, Tensor]:
+        posterior = self.model.family.encode_pixels(vae, found.pixels[None].to(self.device))
+        mask = {} if found.mask is None else {"mask": found.mask}
+        return {"mean": posterior.mean[0].cpu(), "std": posterior.std[0].cpu(), **mask}
+
+    def _encode_texts(self, keys: Sequence[str]) -> None:
+        encode = self.model.load_prompt_encoder(self.device)
+        encoded = encode([self._texts[key] for key in keys])
+        for key, one in counted("texts encoded", zip(keys, encoded, strict=True), len(keys)):
+            pooled = {} if one.pooled is None else {"pooled": one.pooled[0]}
+            self.texts.store(key, {"embeds": one.embeds[0], **pooled})
+
+    def _text(self, key: str) -> Mapping[str, Tensor]:
+        entry = self.texts.load(key)
+        if entry is None:
+            self._encode_texts([_in_main_process(key)])
+            entry = _present(self.texts, key)
+        return entry
+
+
+@dataclass(frozen=True)
+class Item:
+    """One of the places that a picture takes in an epoch: in one bucket, for one of its repeats."""
+
+    record: Record
+    bucket: tuple[int, int]
+    repeat: int
+
+
+def items_of(records: Sequence[Record]) -> list[Item]:
+    """Every picture in each of its buckets, as often as its repeats: what an epoch holds, each once."""
+    return [
+        Item(record, bucket, repeat)
+        for record in records
+        for bucket in record.buckets
+        for repeat in range(record.repeats)
+    ]
 
 
 @dataclass(frozen=True)
 class CachedSamples(Dataset[Sample]):
-    """Encoded pictures with their captions; the mirrored version, if any, is drawn by (seed, epoch, picture)."""
+    """Encoded items. What a step sees of one is drawn by (seed, epoch, item): crop, caption, and latents anew.
+
+    spec: posterior says whether latents are drawn or are the mean; unmasked_weight is what masks leave black.
+    """
 
     encoder: Encoder
-    records: Sequence[Record]
-    picture_keys: Sequence[Sequence[str]]
-    text_keys: Sequence[str]
+    items: Sequence[Item]
+    crop_keys: Mapping[tuple[Record, tuple[int, int]], Sequence[str]]
+    text_keys: Mapping[str, str]
     seed: int
+    spec: DatasetSpec
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.items)
 
-    def __getitem__(self, place: int | tuple[int, int]) -> Sample:
-        """The sample of an index, or of (index, epoch)."""
-        index, epoch = place if isinstance(place, tuple) else (place, 0)
-        versions, digest = self.picture_keys[index], self.records[index].digest
-        stream = generator(self.seed, "version", epoch, digest)
-        chosen = versions[int(torch.randint(len(versions), (1,), generator=stream))]
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        """The sample of (index, epoch)."""
+        index, epoch = place
+        item = self.items[index]
+        record, source = item.record, item.record.source
+        stream = generator(self.seed, "sample", epoch, item.repeat, *item.bucket, record.digest)
+        crops = self.crop_keys[item.record, item.bucket]
+        crop = crops[int(torch.randint(len(crops), (1,), generator=stream))]
+        text = record.texts[int(torch.randint(len(record.texts), (1,), generator=stream))]
+        dropped = float(torch.rand(1, generator=stream)) < source.caption_dropout
+        posterior, mask = self.encoder.posterior(crop)
+        latents = posterior.draw(stream) if self.spec.posterior == "sample" else posterior.mean
+        return self._sample(item, latents, mask, "" if dropped else text)
+
+    def still(self, index: int) -> Sample:
+        """The sample that never changes, for validation: the first crop, the first caption, the posterior's mean."""
+        item = self.items[index]
+        posterior, mask = self.encoder.posterior(self.crop_keys[item.record, item.bucket][0])
+        return self._sample(item, posterior.mean, mask, item.record.caption)
+
+    def _sample(self, item: Item, latents: Tensor, mask: Tensor, text: str) -> Sample:
+        outside = self.spec.unmasked_weight
         return Sample(
-            latents=_present(self.encoder.latents, chosen)["latents"],
-            conditioning=self.encoder.conditioning([self.text_keys[index]]),
-            key=digest,
+            latents=latents,
+            conditioning=self.encoder.conditioning([self.text_keys[text]]),
+            mask=outside + (1 - outside) * mask,
+            key=item.record.digest,
+            weight=item.record.source.weight,
         )
 
 
-def encode_samples(
-    encoder: Encoder, records: Sequence[Record], sizes: Sequence[tuple[int, int]], *, flip: bool, seed: int
-) -> CachedSamples:
-    """Encode pictures at their bucket's size (and mirrored, where `flip`), with their captions."""
-    versions = (False, True) if flip else (False,)
-    keys = [encoder.encode_pictures([(r, s, m) for r, s in zip(records, sizes, strict=True)]) for m in versions]
-    texts = encoder.encode_texts([record.caption for record in records])
+def texts_of(records: Sequence[Record]) -> list[str]:
+    """Every text that training on these may draw, the dropped caption included."""
+    dropped = [""] if any(record.source.caption_dropout > 0 for record in records) else []
+    return [*(text for record in records for text in record.texts), *dropped]
+
+
+def encode_samples(encoder: Encoder, records: Sequence[Record], spec: DatasetSpec, seed: int) -> CachedSamples:
+    """Encode every crop and every text that training on `records` may draw."""
+    items = items_of(records)
+    crops = {
+        (record, bucket): [(record, crop) for crop in record.crops(bucket, seed)]
+        for record in records
+        for bucket in record.buckets
+    }
+    keys = iter(encoder.encode_pictures([job for jobs in crops.values() for job in jobs]))
     return CachedSamples(
         encoder=encoder,
-        records=records,
-        picture_keys=list(zip(*keys, strict=True)),
-        text_keys=[texts[record.caption] for record in records],
+        items=items,
+        crop_keys={place: [next(keys) for _ in jobs] for place, jobs in crops.items()},
+        text_keys=encoder.encode_texts(texts_of(records)),
         seed=seed,
+        spec=spec,
     )
 
 
-def _present(cache: TensorCache, key: str) -> dict[str, torch.Tensor]:
+def prune_cache(spec: CacheSpec, encoder: Encoder) -> None:
+    """Keep the caches within the limits of `spec`, sparing what this run uses."""
+    if spec.max_gb is None and spec.max_days is None:
+        return
+    pruned = prune(
+        encoder.folder,
+        max_bytes=None if spec.max_gb is None else spec.max_gb * 1e9,
+        max_age_s=None if spec.max_days is None else spec.max_days * 86400,
+        keep=encoder.entries(),
+    )
+    if pruned.entries:
+        console.print(f"pruned {pruned.entries} cache entries, {pruned.size / 1e6:.0f} MB")
+
+
+def _bytes_of(file: Path, digest: str) -> bytes:
+    raw = read_file(file)
+    if sha256(raw) != digest:
+        raise UserError(f"{file} changed while it was being read", "run the same command again")
+    return raw
+
+
+def _in_main_process(key: str) -> str:
+    """An encoder cannot run in a loader's worker, which was forked from a process that has computed."""
+    if get_worker_info() is not None:
+        raise RuntimeError(
+            f"the cache entry {key} is damaged or gone; run again to rebuild it, or use loader_workers=0"
+        )
+    return key
+
+
+def _present(cache: TensorCache, key: str) -> dict[str, Tensor]:
     entry = cache.load(key)
     if entry is None:
-        raise RuntimeError(f"the cache entry {key} was damaged or removed while in use; run again to rebuild it")
+        raise RuntimeError(f"the cache entry {key} was damaged right after it was written; check the disk")
     return entry

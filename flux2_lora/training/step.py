@@ -21,24 +21,34 @@ from flux2_lora.flow import TimestepSpec, draw_sigma, generator, mix, velocity_e
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One picture as training sees it. latents: [c h w]; conditioning of batch 1; key: what it is a function of."""
+    """One picture as training sees it. latents: [c h w]; conditioning of batch 1; key: what it is a function of.
+
+    mask: [1 h w], what each place counts, all ones where all of it does; weight: what the picture's loss counts.
+    """
 
     latents: Tensor
     conditioning: Conditioning
+    mask: Tensor
     key: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Pictures of one bucket. latents: [b c h w]; conditioning of b."""
+    """Pictures of one bucket. latents: [b c h w]; conditioning of b; mask: [b 1 h w]; weights: [b]."""
 
     latents: Tensor
     conditioning: Conditioning
-    keys: tuple[str, ...]
+    mask: Tensor
+    weights: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
-        conditioning = self.conditioning.to(device, self.conditioning.embeds.dtype)
-        return Batch(latents=self.latents.to(device), conditioning=conditioning, keys=self.keys)
+        return Batch(
+            latents=self.latents.to(device),
+            conditioning=self.conditioning.to(device, self.conditioning.embeds.dtype),
+            mask=self.mask.to(device),
+            weights=self.weights.to(device),
+        )
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -46,7 +56,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(
         latents=torch.stack([sample.latents for sample in samples]),
         conditioning=stack([sample.conditioning for sample in samples]),
-        keys=tuple(sample.key for sample in samples),
+        mask=torch.stack([sample.mask for sample in samples]),
+        weights=torch.tensor([sample.weight for sample in samples]),
     )
 
 
@@ -65,7 +76,11 @@ def training_loss(
     seed: int,
     step: int,
 ) -> Tensor:
-    """Mean squared velocity error at one noise level a sample. Lipman et al. 2022 (arXiv:2210.02747), eq. 23."""
+    """Mean squared velocity error at one noise level a sample. Lipman et al. 2022 (arXiv:2210.02747), eq. 23.
+
+    Within a picture its mask weighs the places and is normalised, so a small mask does not mean a small loss; between
+    pictures the weights of their sources count.
+    """
     mu = family.training_mu(batch.latents.shape[2] * batch.latents.shape[3])
     noises, sigmas = [], []
     for place, latents in enumerate(batch.latents):
@@ -75,4 +90,4 @@ def training_loss(
     noise = torch.stack(noises).to(batch.latents)
     levels = torch.tensor(sigmas, device=batch.latents.device)
     predicted = family.velocity(transformer, mix(batch.latents, noise, levels), levels, batch.conditioning)
-    return velocity_error(predicted, batch.latents, noise).mean()
+    return (batch.weights * velocity_error(predicted, batch.latents, noise, batch.mask)).mean()

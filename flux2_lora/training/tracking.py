@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import psutil
 import torch
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from flux2_lora.files import write_text
 from flux2_lora.options import option
 
+Item = TypeVar("Item")
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
@@ -69,6 +71,21 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     memory = psutil.Process().memory_info()
     return int(getattr(memory, "peak_wset", memory.rss))
+
+
+def counted(what: str, items: Iterable[Item], total: int) -> Iterator[Item]:
+    """`items`, with a bar on a terminal; elsewhere a line every half minute, and one at the end."""
+    columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    began = told = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        for number, item in enumerate(items, start=1):
+            yield item
+            bar.advance(task)
+            now = time.monotonic()
+            if not console.is_terminal and (now - told > 30 or number == total):
+                told = now
+                console.print(f"{number} of {total} {what}, {now - began:.0f} s")
 
 
 class StepBar:

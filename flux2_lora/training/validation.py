@@ -75,4 +75,4 @@ def _summed_error(
 ) -> float:
     levels = torch.full((len(batch.latents),), sigma, device=noise.device)
     predicted = family.velocity(transformer, mix(batch.latents, noise, levels), levels, batch.conditioning)
-    return velocity_error(predicted, batch.latents, noise).sum().item()
+    return velocity_error(predicted, batch.latents, noise, batch.mask).sum().item()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux2_lora.caches import TensorCache
+from flux2_lora.caches import TensorCache, prune
 
 
 def entry() -> dict[str, Tensor]:
@@ -125,30 +128,77 @@ def test_an_entry_renamed_to_another_key_is_deleted(cache: TensorCache) -> None:
     assert cache.healed == 1
 
 
-def test_fetch_makes_an_entry_once(cache: TensorCache) -> None:
-    made: list[int] = []
-
-    def make() -> dict[str, Tensor]:
-        made.append(1)
-        return entry()
-
-    first, second = cache.fetch(["a"], make), cache.fetch(["a"], make)
-    assert_equal(first, entry())
-    assert_equal(second, entry())
-    assert len(made) == 1
-
-
-def test_fetch_makes_a_damaged_entry_again(cache: TensorCache) -> None:
+def test_an_entry_is_found_by_its_header(cache: TensorCache) -> None:
     key, path = stored(cache)
+    assert cache.has(key)
+    assert not cache.has(cache.key("another"))
     path.write_bytes(path.read_bytes()[:-1])
-    assert_equal(cache.fetch(["a"], entry), entry())
-    assert_equal(cache.load(key), entry())
-    assert cache.healed == 1
+    assert not cache.has(key)
+    assert (path.exists(), cache.healed) == (False, 1)
 
 
-def test_fetch_keeps_no_gradient(cache: TensorCache) -> None:
-    found = cache.fetch(["a"], lambda: {"x": torch.ones(2, requires_grad=True) * 2})
-    assert not found["x"].requires_grad
+def test_an_entry_of_another_key_is_found_by_its_header(cache: TensorCache) -> None:
+    _, path = stored(cache, "a")
+    key, other = stored(cache, "b")
+    path.replace(other)
+    assert not cache.has(key)
+
+
+# --- pruning
+
+
+def aged(cache: TensorCache, part: str, hours: float) -> Path:
+    """An entry last used so many hours ago."""
+    key, path = stored(cache, part)
+    before = time.time() - 3600 * hours
+    os.utime(path, (before, before))
+    return path
+
+
+def left(cache: TensorCache, **limits: Any) -> set[Path]:
+    prune(cache.folder.parent, **{"max_bytes": None, "max_age_s": None, **limits})
+    return {path for path in cache.folder.rglob("*") if path.is_file()}
+
+
+def test_entries_unused_for_too_long_go(cache: TensorCache) -> None:
+    aged(cache, "a", 50)
+    young = aged(cache, "b", 10)
+    assert left(cache, max_age_s=24 * 3600) == {young}
+
+
+def test_the_longest_unused_go_first_and_no_more_than_must(cache: TensorCache) -> None:
+    paths = [aged(cache, str(hours), hours) for hours in (4, 3, 2, 5)]
+    size = paths[0].stat().st_size
+    assert left(cache, max_bytes=2.5 * size) == {paths[1], paths[2]}
+
+
+def test_what_is_kept_or_was_used_within_the_hour_stays(cache: TensorCache) -> None:
+    kept, used = aged(cache, "kept", 90), aged(cache, "used", 0.5)
+    aged(cache, "gone", 2)
+    assert left(cache, max_bytes=0, keep={kept}) == {kept, used}
+
+
+def test_using_an_entry_makes_it_young(cache: TensorCache) -> None:
+    path = aged(cache, "a", 90)
+    assert cache.has(cache.key("a"))
+    assert left(cache, max_age_s=3600) == {path}
+
+
+def test_what_a_killed_process_left_half_written_goes(cache: TensorCache) -> None:
+    path = aged(cache, "a", 2)
+    half = path.with_name(f".{path.name}.x1y2")
+    half.write_bytes(b"half")
+    os.utime(half, (0, 0))
+    assert left(cache) == {path}
+
+
+def test_files_that_are_no_entries_stay(cache: TensorCache) -> None:
+    foreign = cache.folder.parent / "pictures.json"
+    foreign.parent.mkdir(exist_ok=True)
+    foreign.write_text("{}")
+    os.utime(foreign, (0, 0))
+    left(cache, max_bytes=0, max_age_s=0)
+    assert foreign.exists()
 
 
 def test_an_unreadable_disk_is_not_taken_for_damage(cache: TensorCache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,10 @@ def sample(key: str, width: int = 2) -> Sample:
     noise = torch.Generator().manual_seed(len(key))
     embeds = torch.randn(1, 5, 24, generator=noise)
     return Sample(
-        latents=torch.randn(128, 2, width, generator=noise), conditioning=Conditioning(embeds=embeds), key=key
+        latents=torch.randn(128, 2, width, generator=noise),
+        conditioning=Conditioning(embeds=embeds),
+        mask=torch.ones(1, 2, width),
+        key=key,
     )
 
 
