@@ -18,7 +18,7 @@ from PIL import Image
 from flux2_lora.config import program
 from flux2_lora.dataset.captions import clean, read_text
 from flux2_lora.dataset.folders import MASK_MARK, contents, existing, shown, suffixes
-from flux2_lora.dataset.pictures import HEIC_SUFFIXES, SUFFIXES, UNREADABLE, heic_is_read, open_picture, reason_of
+from flux2_lora.dataset.pictures import HEIC_SUFFIXES, SUFFIXES, UnreadableError, heic_is_read, open_picture
 from flux2_lora.dataset.spec import CAPTION_SUFFIXES
 from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError
@@ -101,8 +101,8 @@ def write_captions(wanted: dict[Path, Path], folder: Path, config: CaptionConfig
         head = f"{number}/{len(wanted)} {shown(picture.relative_to(folder).as_posix())}"
         try:
             image = opened(picture)
-        except UNREADABLE as error:
-            console.print(f"{head} skipped: {reason_of(error)}")
+        except UnreadableError as error:
+            console.print(f"{head} skipped: {error}")
             continue
         text = clean(caption(image))
         if not text:
@@ -116,9 +116,9 @@ def write_captions(wanted: dict[Path, Path], folder: Path, config: CaptionConfig
 
 
 def opened(picture: Path) -> Image.Image:
-    """The picture as a person sees it; raises one of UNREADABLE."""
+    """The picture as a person sees it; raises UnreadableError."""
     if picture.suffix.lower() in HEIC_SUFFIXES and not heic_is_read():
-        raise ValueError("HEIC needs pillow-heif: install flux2-lora[heic]")
+        raise UnreadableError("HEIC needs pillow-heif: install flux2-lora[heic]")
     return open_picture(picture).image
 
 

@@ -1,12 +1,11 @@
 """One picture file, opened as a person sees it: upright, in 8-bit sRGB, its transparency apart, its first frame.
 
 Law: the pixel limit is checked before anything is decoded, decoding is shared between threads by pixels in flight, and
-whatever a damaged file makes Pillow raise is one of UNREADABLE, which `reason_of` words.
+whatever a damaged file makes Pillow raise comes out as UnreadableError, worded on one line.
 """
 
 from __future__ import annotations
 
-import struct
 import threading
 import warnings
 from collections.abc import Iterator
@@ -34,19 +33,6 @@ FOREIGN_SUFFIXES = (
 
 # Named, because Pillow goes by content: an EPS file called .png would start Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-# What Pillow 12 and 13 raise on damaged files; RuntimeError is libavif's and libheif's, the first five are all that
-# 7,000 mutated files of these formats gave, the rest is named in Pillow's decoders.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    RuntimeError,
-    Image.DecompressionBombError,
-    ImageCms.PyCMSError,
-    EOFError,
-    OverflowError,
-    struct.error,
-)
 LARGEST_FILE = 512 << 20
 """Bytes: 64 Mpx of four 16-bit channels. What is larger is no picture that anybody trains on."""
 _IN_FLIGHT_PX = 64_000_000
@@ -56,36 +42,42 @@ _STRIP_PX = 4_000_000
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+class UnreadableError(Exception):
+    """A picture that cannot be used, and why, on one line without its path."""
+
+
 @dataclass(frozen=True)
 class Picture:
-    """image: RGB, composited where it was transparent; alpha: L of that size, None where opaque; frames: 1 and up."""
+    """image: RGB, composited where it was transparent; alpha: L of that size, None where opaque; moving: has frames."""
 
     image: Image.Image
     alpha: Image.Image | None = None
-    frames: int = 1
+    moving: bool = False
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a picture file; raises OSError, and ValueError for a file of more than LARGEST_FILE."""
-    size = path.stat().st_size
-    if size > LARGEST_FILE:
-        raise ValueError(f"a file of {size / 1e9:.1f} GB is no picture")
-    return path.read_bytes()
+    """The bytes of a picture file; raises UnreadableError, also for a file of more than LARGEST_FILE."""
+    with _worded():
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise UnreadableError(f"a file of {size / 1e9:.1f} GB is no picture")
+        return path.read_bytes()
 
 
 def open_picture(source: Path | bytes, *, max_pixels: int | None = None, background: str = "white") -> Picture:
     """Decode a picture; `background` shows where it is transparent.
 
-    Raises one of UNREADABLE, and ValueError for more than `max_pixels` (before decoding).
+    Raises UnreadableError, also for more than `max_pixels` (before decoding).
     """
-    with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as opened:
+    file = BytesIO(source) if isinstance(source, bytes) else source
+    with _worded(), Image.open(file, formats=_formats()) as opened:
         if max_pixels is not None and opened.width * opened.height > max_pixels:
-            raise ValueError(f"{opened.width} x {opened.height} is more than dataset.max_pixels={max_pixels}")
+            raise UnreadableError(f"{opened.width} x {opened.height} is more than dataset.max_pixels={max_pixels}")
         # A phone's JPEG with a depth or gain map calls itself MPO: its first frame is the picture, not a film's.
-        frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
+        moving = opened.format != "MPO" and getattr(opened, "is_animated", False)
         profile = opened.info.get("icc_profile")
         with _decoding(opened.width * opened.height):
-            return Picture(*_seen(_upright(opened), profile, background), frames)
+            return Picture(*_seen(_upright(opened), profile, background), moving)
 
 
 def open_mask(source: Path | bytes, *, max_pixels: int | None = None) -> Image.Image:
@@ -109,15 +101,6 @@ def crop_mask(mask: Image.Image, height: int, width: int, centering: tuple[float
     return torch.from_numpy(np.array(fitted, dtype=np.float32) / 255)[None]
 
 
-def reason_of(error: BaseException) -> str:
-    """One line without the file's path, which Pillow and the system put into theirs."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture, whatever its name says"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 @cache
 def heic_is_read() -> bool:
     """Whether pillow-heif is installed; it is then made known to Pillow."""
@@ -135,6 +118,20 @@ def check_colour(text: str) -> None:
         ImageColor.getrgb(text)
     except ValueError as error:
         raise UserError(f"dataset.background={text} is not a colour", "write white, grey or '#ff8800'") from error
+
+
+@contextmanager
+def _worded() -> Iterator[None]:
+    """Any exception becomes UnreadableError: what decoders raise on damage is as various as the damage."""
+    try:
+        yield
+    except UnreadableError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableError("not a picture, whatever its name says") from error
+    except Exception as error:
+        named = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UnreadableError(named or type(error).__name__) from error
 
 
 def _formats() -> tuple[str, ...]:

@@ -54,7 +54,7 @@ class Record:
     source: Source
     mask: Mask | None = None
     transparent: bool = False
-    frames: int = 1
+    moving: bool = False
 
     @property
     def caption(self) -> str:
@@ -265,7 +265,7 @@ def _record(spec: DatasetSpec, one: _Found, seen: Seen, mask: Seen | str | None,
         source=source,
         mask=kept,
         transparent=seen.box is not None,
-        frames=seen.frames,
+        moving=seen.moving,
     )
 
 
@@ -286,7 +286,7 @@ def _mask(one: _Found, seen: Seen, mask: Seen | str | None) -> Mask | str | None
 
 def _notes(found: Sequence[_Found], records: Sequence[Record]) -> list[str]:
     """What is no fault but should be known, each once."""
-    moving = [record.name for record in records if record.frames > 1]
+    moving = [record.name for record in records if record.moving]
     bare = [record.name for record in records if record.source.masks and record.mask is None]
     repeats = sorted({one.entry.repeats for one in found} - {1})
     notes = [f"{len(moving)} of several frames or pages, the first is used: {listed(moving)}"] if moving else []

@@ -11,13 +11,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from PIL import Image
 
 from flux2_lora.ahead import ahead
 from flux2_lora.dataset.crops import Box
-from flux2_lora.dataset.pictures import UNREADABLE, open_mask, open_picture, read_file, reason_of
+from flux2_lora.dataset.pictures import UnreadableError, open_mask, open_picture, read_file
 from flux2_lora.files import digest, sha256, write_text
 
 _VERSION = "1"
@@ -25,7 +25,7 @@ _VERSION = "1"
 
 @dataclass(frozen=True)
 class Seen:
-    """Size in px as seen; frames; box: where a mask, or a picture's alpha, is not black; None for an opaque picture.
+    """Size in px as seen; moving: of several frames; box: where a mask, or an alpha, is not black; None where opaque.
 
     The box of one that is black everywhere is empty: (0, 0, 0, 0).
     """
@@ -33,7 +33,7 @@ class Seen:
     digest: str
     width: int
     height: int
-    frames: int
+    moving: bool
     box: Box | None
 
 
@@ -46,7 +46,7 @@ class Memory:
         self._fresh: dict[str, Seen] = {}
 
     def look(self, path: Path, *, max_pixels: int, mask: bool = False) -> Seen:
-        """Read, hash, and decode unless that content is known. Raises one of pictures.UNREADABLE."""
+        """Read, hash, and decode unless that content is known. Raises UnreadableError."""
         raw = read_file(path)
         content = sha256(raw)
         key = f"{'mask' if mask else 'picture'} {content}"
@@ -63,8 +63,8 @@ class Memory:
         def attempt(path: Path) -> Seen | str:
             try:
                 return self.look(path, max_pixels=max_pixels, mask=mask)
-            except UNREADABLE as error:
-                return reason_of(error)
+            except UnreadableError as error:
+                return str(error)
 
         return ahead(attempt, paths)
 
@@ -88,18 +88,18 @@ def _read(file: Path) -> dict[str, Seen]:
         return {}
 
 
-def _seen(content: str, width: int, height: int, frames: int, box: list[float] | None) -> Seen:
-    return Seen(content, width, height, frames, cast("Box", tuple(box)) if box is not None else None)
+def _seen(content: str, width: int, height: int, moving: Any, box: list[float] | None) -> Seen:
+    return Seen(content, width, height, moving, cast("Box", tuple(box)) if box is not None else None)
 
 
 def _picture(raw: bytes, content: str, max_pixels: int) -> Seen:
     opened = open_picture(raw, max_pixels=max_pixels)
-    return Seen(content, *opened.image.size, opened.frames, None if opened.alpha is None else _box(opened.alpha))
+    return Seen(content, *opened.image.size, opened.moving, None if opened.alpha is None else _box(opened.alpha))
 
 
 def _mask(raw: bytes, content: str, max_pixels: int) -> Seen:
     opened = open_mask(raw, max_pixels=max_pixels)
-    return Seen(content, *opened.size, 1, _box(opened))
+    return Seen(content, *opened.size, False, _box(opened))
 
 
 def _box(mask: Image.Image) -> Box:

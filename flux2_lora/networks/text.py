@@ -28,8 +28,6 @@ PromptEncoder = Callable[[Sequence[str]], Iterator[Conditioning]]
 WAVE_BYTES = 4 << 30
 """Hidden states that may wait in host memory; beyond it the layers are read once more for the next wave."""
 
-_AT_ONCE = 4  # texts that a layer takes at a time: 4 x 512 tokens fill a GPU, and their activations stay small
-
 
 class LayerByLayer:
     """A text encoder on the meta device whose layers get their weights when their turn comes.
@@ -91,8 +89,8 @@ class LayerByLayer:
         def forward(states: Tensor, *args: Any, **kwargs: Any) -> Any:
             self._fill(layer, path)
             rest: tuple[Any, ...] | None = None
-            for start in range(0, len(states), _AT_ONCE):
-                part = slice(start, start + _AT_ONCE)
+            for start in range(len(states)):  # one by one: a text's numbers must not depend on its company
+                part = slice(start, start + 1)
                 moved = [self._cut(value, part, len(states)) for value in args]
                 named = {key: self._cut(value, part, len(states)) for key, value in kwargs.items()}
                 out = inner(states[part].to(self._device), *moved, **named)

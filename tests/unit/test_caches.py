@@ -149,7 +149,7 @@ def test_an_entry_of_another_key_is_found_by_its_header(cache: TensorCache) -> N
 
 def aged(cache: TensorCache, part: str, hours: float) -> Path:
     """An entry last used so many hours ago."""
-    key, path = stored(cache, part)
+    path = stored(cache, part)[1]
     before = time.time() - 3600 * hours
     os.utime(path, (before, before))
     return path

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flux2_lora.dataset import DatasetSpec, Record
+from flux2_lora.dataset.pictures import UnreadableError
 from flux2_lora.dataset.scan import hold_out
 from flux2_lora.dataset.seen import Memory
 from flux2_lora.dataset.spec import SourceSpec, bundled_folder, resolved
@@ -346,7 +347,7 @@ def test_a_replaced_picture_of_the_same_name_size_and_date_is_decoded_again(tmp_
 def test_a_lower_limit_of_pixels_holds_for_what_is_remembered(tmp_path: Path) -> None:
     path, memory = picture(tmp_path / "a.png"), Memory(tmp_path / "pictures.json")
     memory.look(path, max_pixels=10**6)
-    with pytest.raises(ValueError, match=r"more than dataset.max_pixels=100"):
+    with pytest.raises(UnreadableError, match=r"more than dataset.max_pixels=100"):
         memory.look(path, max_pixels=100)
 
 

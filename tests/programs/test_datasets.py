@@ -1,0 +1,254 @@
+"""Real processes on awkward folders: a thousand damaged pictures, two at one cache, and kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+from safetensors.torch import load_file
+
+from tests.conftest import Command
+from tests.sets import picture
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+
+
+def wholes() -> dict[str, bytes]:
+    """Twelve kinds of picture files, each with what its format can carry besides."""
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 4), dtype=np.uint8)
+    rgb, rgba = Image.fromarray(noise[..., :3]), Image.fromarray(noise)
+    deep = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    carried = {"exif": exif, "icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()}
+    film = {"save_all": True, "append_images": [rgb.transpose(Image.Transpose.ROTATE_180)]}
+    made = {
+        "jpg": (rgb, "JPEG", carried),
+        "cmyk.jpg": (rgb.convert("CMYK"), "JPEG", {}),
+        "png": (rgba, "PNG", carried),
+        "palette.png": (rgb.quantize(), "PNG", {"transparency": 3}),
+        "deep.png": (deep, "PNG", {}),
+        "animated.png": (rgb, "PNG", film),
+        "webp": (rgba, "WEBP", carried),
+        "gif": (rgb, "GIF", film),
+        "bmp": (rgb, "BMP", {}),
+        "tiff": (rgb, "TIFF", {**carried, "compression": "tiff_lzw"}),
+        "deep.tif": (deep, "TIFF", {}),
+        "avif": (rgb, "AVIF", carried),
+    }
+    files: dict[str, bytes] = {}
+    for name, (image, kind, options) in made.items():
+        raw = BytesIO()
+        image.save(raw, kind, **options)  # type: ignore[arg-type]
+        files[name] = raw.getvalue()
+    return files
+
+
+def mutated(whole: bytes, rng: random.Random) -> bytes:
+    """Bytes changed, mostly in the header where sizes stand, cut off, doubled, or filled up."""
+    raw = bytearray(whole)
+    for _ in range(rng.choice((1, 1, 2, 8, 40))):
+        if not raw:
+            break
+        place = rng.randrange(min(len(raw), 200)) if rng.random() < 0.5 else rng.randrange(len(raw))
+        match rng.randrange(10):
+            case 0:
+                del raw[place:]
+            case 1:
+                raw[place:place] = raw[place : place + 64]
+            case 2:
+                raw[place : place + 4] = b"\xff\xff\xff\xff"
+            case _:
+                raw[place] = rng.randrange(256)
+    return bytes(raw)
+
+
+def run(*arguments: str, cwd: Path) -> tuple[int, str, int]:
+    """A command in a process of its own: exit code, both streams, and its largest resident memory in bytes."""
+    out = cwd / "out.txt"
+    with out.open("wb") as stream:
+        process = subprocess.Popen([sys.executable, "-c", *arguments], cwd=cwd, stdout=stream, stderr=stream)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    largest = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return process.returncode, out.read_text(errors="replace"), largest
+
+
+MAIN = "import sys; from flux2_lora.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.slow
+def test_a_thousand_mutated_pictures_are_used_or_named(tmp_path: Path) -> None:
+    rng, files = random.Random(0), wholes()
+    assert len(files) == 12
+    (tmp_path / "set").mkdir()
+    for number in range(1000):
+        name = sorted(files)[number % 12]
+        (tmp_path / f"set/{number:04}.{name}").write_bytes(mutated(files[name], rng))
+    code, said, largest = run(MAIN, "inspect", "dataset.folder=set", "dataset.default_caption=x", cwd=tmp_path)
+    assert code == 0, said
+    assert "Traceback" not in said
+    seen = json.loads(json.loads((tmp_path / "outputs/cache/pictures.json").read_text())["seen"])
+    refused = (tmp_path / "outputs/set/skipped.txt").read_text().splitlines()
+    used = int(said.split(" pictures to train on")[0].split()[-1]) + int(said.split(" for validation")[0].split()[-1])
+    assert used + len(refused) == 1000
+    assert used > 100
+    assert len(refused) > 100
+    assert len(seen) <= used
+    assert all(len(line.split(": ", 1)[1]) > 3 for line in refused)
+    assert largest < 2 * GIB
+
+
+@pytest.mark.parametrize("pixels", [(11_000, 11_000), (16_000, 12_000)])
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path, pixels: tuple[int, int]) -> None:
+    picture(tmp_path / "set/good.png")
+    Image.MAX_IMAGE_PIXELS, before = None, Image.MAX_IMAGE_PIXELS
+    Image.new("1", pixels).save(tmp_path / "set/huge.png")
+    Image.MAX_IMAGE_PIXELS = before
+    assert (tmp_path / "set/huge.png").stat().st_size < 100_000
+    code, said, largest = run(MAIN, "inspect", "dataset.folder=set", "dataset.default_caption=x", cwd=tmp_path)
+    assert code == 0, said
+    assert "skipped huge.png: " in said
+    assert largest < 1.2 * GIB
+
+
+def test_nothing_usable_stops_before_a_model_is_looked_for(command: Command, tmp_path: Path) -> None:
+    for number in range(8):
+        picture(tmp_path / f"set/{number}.png").write_bytes(b"no picture")
+    outcome = command("train", "dataset.folder=set", "model.path=nowhere")
+    assert outcome.code == 2
+    what, remedy = outcome.err.strip().splitlines()
+    assert "none can be used: 0.png (not a picture, whatever its name says), 1.png" in what
+    assert "and 3 more; the full list is in outputs/set/skipped.txt" in what
+    assert remedy.startswith("  hint: ")
+    assert len((tmp_path / "outputs/set/skipped.txt").read_text().splitlines()) == 8
+
+
+# --- several processes at one cache
+
+ENCODE = """
+import sys, os, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from flux2_lora.dataset import DatasetSpec, scan
+from flux2_lora.dataset.seen import Memory
+from flux2_lora.families import ModelSpec, open_model
+from flux2_lora.bundled import share
+from flux2_lora.training.encoding import Encoder, encode_samples
+import diffusers, transformers
+
+def encode(cache, told):
+    spec = DatasetSpec(folder="set", resolution=[64], flip=True, holdout=0)
+    memory = Memory(Path(cache) / "pictures.json")
+    found = scan(spec, seed=0, step=16, memory=memory, cache=Path(cache), report=Path("skipped.txt"))
+    tiny = str(share() / "data/tiny")
+    model = open_model(ModelSpec(family="flux2_small", path=tiny, title="tiny", architecture_name="tiny"))
+    encoder = Encoder(model, Path(cache), torch.device("cpu"))
+    for kind in (encoder.latents, encoder.texts):
+        def noted(key, tensors, store=kind.store):
+            store(key, tensors)
+            told(key)
+        kind.store = noted
+    encode_samples(encoder, found.training, spec, 0)
+    return encoder
+"""
+
+KILLED = (
+    ENCODE
+    + """
+import json, random, signal, time
+warm = open_model(ModelSpec(family="flux2_small", path=str(share() / "data/tiny"), title="t", architecture_name="t"))
+warm.load_vae(torch.device("cpu")), warm.load_prompt_encoder(torch.device("cpu"))  # imported before the forks
+rng = random.Random(0)
+outcomes = []
+for point in range(20):
+    cache = f"cache-{point}"
+    ready, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        encode(cache, lambda key: os.write(write, b"."))
+        signal.pause()
+    for _ in range(1 + point * 32 // 20):
+        os.read(ready, 1)
+    if rng.random() < 0.7:
+        time.sleep(rng.random() * 0.02)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    left = {path.stem for path in Path(cache).rglob("*.safetensors")}
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        made = []
+        encoder = encode(cache, made.append)
+        os.write(write, json.dumps([made, encoder.healed]).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    made, healed = json.loads(os.read(read, 1 << 20))
+    every = {path.stem for path in Path(cache).rglob("*.safetensors")}
+    outcomes.append([os.WIFSIGNALED(status), sorted(left), sorted(made), sorted(every), healed])
+print("outcomes", json.dumps(outcomes))
+"""
+)
+
+
+@pytest.fixture
+def eleven(tmp_path: Path) -> Path:
+    """Eleven pictures, so 33 entries with their mirrored crops and captions."""
+    for number in range(11):
+        picture(tmp_path / f"set/{number}.png", f"caption {number}", colour=(20 * number, 9, 9))
+    return tmp_path
+
+
+def entries(cache: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {path.stem: load_file(path) for path in cache.rglob("*.safetensors")}
+
+
+def equal(one: dict[str, dict[str, torch.Tensor]], other: dict[str, dict[str, torch.Tensor]]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(tensor, other[key][name]) for key, tensors in one.items() for name, tensor in tensors.items()
+    )
+
+
+def encoded(folder: Path, cache: str) -> dict[str, dict[str, torch.Tensor]]:
+    code, said, _ = run(f"{ENCODE}\nencode({cache!r}, print)", cwd=folder)
+    assert code == 0, said
+    return entries(folder / cache)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
+def test_after_kill_9_the_next_run_encodes_the_rest_only(eleven: Path) -> None:
+    """At 20 points, between entries and inside of one; each process is killed as the system kills."""
+    code, said, _ = run(KILLED, cwd=eleven)
+    assert code == 0, said[-3000:]
+    outcomes = json.loads(said.split("outcomes ")[1])
+    assert len(outcomes) == 20
+    wanted = encoded(eleven, "cache-0")
+    assert len(wanted) == 33
+    for point, (killed, left, made, every, healed) in enumerate(outcomes):
+        assert killed
+        assert healed == 0
+        assert set(left) | set(made) == set(every) == set(wanted)
+        assert not set(left) & set(made)
+        assert equal(entries(eleven / f"cache-{point}"), wanted)
+    assert len({len(left) for _, left, _, _, _ in outcomes}) > 10
+
+
+@pytest.mark.slow
+def test_two_processes_fill_one_cache(eleven: Path) -> None:
+    both = [
+        subprocess.Popen([sys.executable, "-c", f"{ENCODE}\nencode('shared', print)"], cwd=eleven) for _ in range(2)
+    ]
+    assert [process.wait() for process in both] == [0, 0]
+    assert equal(entries(eleven / "shared"), encoded(eleven, "alone"))
+    assert [path.name for path in (eleven / "shared").rglob(".*")] == []
