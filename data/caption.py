@@ -1,6 +1,6 @@
 """Write a caption beside each picture of a folder that has none, by a Florence-2 or BLIP model on this computer.
 
-    flux2-lora caption folder=~/pictures/mine captioner.path=~/models/florence-2
+    flux2-lora caption dataset.folder=~/pictures/mine captioner.path=~/models/florence-2
 
 Captions that are there stay, unless overwrite=true; dry_run=true shows the new ones and writes nothing. A folder that
 keeps its captions in metadata.jsonl needs none: those come first.
@@ -38,10 +38,17 @@ class CaptionerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FolderSpec:
+    """folder: pictures, in subfolders too."""
+
+    folder: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class CaptionConfig:
     """configs/caption.yaml."""
 
-    folder: str
+    dataset: FolderSpec
     captioner: CaptionerSpec
     overwrite: bool = False
     suffix: str = option(".txt", one_of=CAPTION_SUFFIXES)
@@ -51,10 +58,16 @@ class CaptionConfig:
 
 @program("caption")
 def main(config: CaptionConfig) -> None:
-    device, folder = pick_device(config.device), existing(config.folder, f"folder={config.folder}")
+    device, folder = (
+        pick_device(config.device),
+        existing(config.dataset.folder, f"dataset.folder={config.dataset.folder}"),
+    )
     pictures = pictures_in(folder)
     if not pictures:
-        raise UserError(f"folder={config.folder} holds no pictures{contents(folder)}", f"put {suffixes()} files in it")
+        raise UserError(
+            f"dataset.folder={config.dataset.folder} holds no pictures{contents(folder)}",
+            f"put {suffixes()} files in it",
+        )
     wanted = targets(pictures, config.suffix, overwrite=config.overwrite)
     written = write_captions(wanted, folder, config, device) if wanted else 0
     verb = "would be written" if config.dry_run else "written"
@@ -109,7 +122,7 @@ def write_captions(wanted: dict[Path, Path], folder: Path, config: CaptionConfig
             console.print(f"{head} skipped: the captioner has nothing to say")
             continue
         if not config.dry_run:
-            save(file, text, config.folder)
+            save(file, text, config.dataset.folder)
         console.print(f"{head}: {text}")
         written += 1
     return written
@@ -127,7 +140,7 @@ def save(file: Path, text: str, folder: str) -> None:
     try:
         write_text(file, f"{text}\n")
     except OSError as error:
-        what = f"folder={folder}: {shown(file.name)} cannot be written ({error.strerror})"
+        what = f"dataset.folder={folder}: {shown(file.name)} cannot be written ({error.strerror})"
         raise UserError(what, "make room or get the right to write there; captions so far are kept") from error
 
 

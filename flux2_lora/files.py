@@ -69,11 +69,6 @@ def digest(*parts: bytes | str) -> str:
     return total.hexdigest()[:32]
 
 
-def sha256(content: bytes) -> str:
-    """What a file's bytes are known by: their SHA-256, 32 hex digits."""
-    return hashlib.sha256(content).hexdigest()[:32]
-
-
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Digest of names, shapes, types and bytes, in the order of names."""
     parts: list[bytes | str] = []

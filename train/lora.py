@@ -26,7 +26,7 @@ from flux2_lora.adapters import Adapter, AdapterSpec, attach, state_of, trainabl
 from flux2_lora.buckets import batches_between, bucket_for
 from flux2_lora.caches import CacheSpec
 from flux2_lora.config import changed_options, program, read_resolved, save_resolved
-from flux2_lora.dataset import DatasetSpec, Record, preview_prompts, scan
+from flux2_lora.dataset import DatasetSpec, Record, preview_prompts, scan, trigger_words
 from flux2_lora.dataset.pictures import crop_to, open_picture
 from flux2_lora.dataset.seen import Memory
 from flux2_lora.devices import pick_device
@@ -183,7 +183,7 @@ def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the or
             latest = look(done) or latest
             bar.update(done, loss=loss, validation=latest, step_s=step_s, peak=peak)
             if due(done, config.checkpoint_every, config.max_steps) or interrupt.signal:
-                checkpoint = save_checkpoint(run, done, adapter_of(config, family, transformer), optimizer)
+                checkpoint = save_checkpoint(run, done, adapter_of(config, family, transformer, records), optimizer)
             if interrupt.signal:
                 break
     metrics.close()
@@ -210,7 +210,7 @@ def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the or
             rank=config.adapter.rank,
             date=time.strftime("%Y-%m-%dT%H:%M:%S"),
             resolution=(max(config.dataset.resolution),) * 2,
-            trigger_phrase=config.dataset.trigger_word,
+            trigger_phrase=trigger_words(records),
         ),
     )
     console.print(table(proofs))
@@ -296,14 +296,14 @@ def accumulate(
     return total
 
 
-def adapter_of(config: TrainConfig, family: ModelFamily, transformer: nn.Module) -> Adapter:
+def adapter_of(config: TrainConfig, family: ModelFamily, transformer: nn.Module, records: Sequence[Record]) -> Adapter:
     return Adapter(
         state=state_of(transformer),
         rank=config.adapter.rank,
         alpha=config.adapter.alpha or config.adapter.rank,
         targets=list(config.adapter.targets),
         family=family.name,
-        trigger_word=config.dataset.trigger_word,
+        trigger_word=trigger_words(records),
     )
 
 

@@ -5,7 +5,7 @@ later, and every file that it leaves out has a reason a person can act on. Recor
 name or date.
 """
 
-from flux2_lora.dataset.scan import Mask, Record, Scan, preview_prompts, scan
+from flux2_lora.dataset.scan import Mask, Record, Scan, preview_prompts, scan, trigger_words
 from flux2_lora.dataset.spec import DatasetSpec, SourceSpec
 
-__all__ = ["DatasetSpec", "Mask", "Record", "Scan", "SourceSpec", "preview_prompts", "scan"]
+__all__ = ["DatasetSpec", "Mask", "Record", "Scan", "SourceSpec", "preview_prompts", "scan", "trigger_words"]

@@ -66,21 +66,22 @@ def with_trigger(caption: str, trigger: str | None) -> str:
 
 
 def shuffled(caption: str, orders: int, keep: int) -> tuple[str, ...]:
-    """At most `orders` different orders of a caption's tags (between commas), the first `keep` in their places.
+    """At most `orders` different orders of a caption's tags (between commas), as it is written first.
 
-    A function of the caption alone: the same orders in every run, so they are encoded once. 0 is the caption itself.
+    The first `keep` tags stay in their places. A function of the caption alone: the same orders in every run, so they
+    are encoded once. 0 orders are the caption itself.
     """
     tags = [tag for tag in (part.strip() for part in caption.split(",")) if tag]
     kept, moving = tags[:keep], tags[keep:]
     if orders == 0 or len(moving) < 2:
         return (caption,)
     stream = generator("tags", caption)
-    drawn: dict[str, None] = {}
+    drawn = {", ".join(tags): None}
     for _ in range(8 * orders):  # a few tags have few orders, and a draw may repeat one
-        order = torch.randperm(len(moving), generator=stream).tolist()
-        drawn[", ".join([*kept, *(moving[place] for place in order)])] = None
         if len(drawn) == orders:
             break
+        order = torch.randperm(len(moving), generator=stream).tolist()
+        drawn[", ".join([*kept, *(moving[place] for place in order)])] = None
     return tuple(drawn)
 
 

@@ -37,7 +37,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class Record:
-    """One readable picture: its size in px as seen (after EXIF orientation), and the sha256 of its file.
+    """One readable picture: its size in px as seen (after EXIF orientation), and the digest of its file.
 
     texts: all that may stand for it, trigger word included, the first being the one that it is known by; buckets: the
     (height, width) it is trained at; repeats: how often an epoch sees it at each.
@@ -161,12 +161,19 @@ def hold_out(records: Sequence[Record], part: float, seed: int) -> tuple[list[Re
 
 
 def preview_prompts(spec: DatasetSpec) -> list[str]:
-    """The lines of prompts.txt in dataset.folder, for previews; empty lines and lines with # left out."""
+    """The lines of prompts.txt in the first folder that has one, for previews; empty ones and those with # left out."""
     specs = [source.folder for source in source_specs(spec, []) if source.folder and not source.regularisation]
     files = [Path(folder).expanduser() / "prompts.txt" for folder in specs]
     file = next((file for file in files if file.is_file()), None)
     lines = decoded(file.read_bytes()).splitlines() if file else []
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return [prompt.replace(TRIGGER, spec.trigger_word or TRIGGER) for prompt in prompts]
+
+
+def trigger_words(records: Sequence[Record]) -> str | None:
+    """The trigger words of all sources, with commas; None where there is none."""
+    words = dict.fromkeys(record.source.trigger_word for record in records if record.source.trigger_word)
+    return ", ".join(words) or None
 
 
 def _sources(spec: DatasetSpec, specs: Sequence[SourceSpec], cache: Path) -> list[Source]:

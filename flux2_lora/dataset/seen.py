@@ -18,7 +18,7 @@ from PIL import Image
 from flux2_lora.ahead import ahead
 from flux2_lora.dataset.crops import Box
 from flux2_lora.dataset.pictures import UnreadableError, open_mask, open_picture, read_file
-from flux2_lora.files import digest, sha256, write_text
+from flux2_lora.files import digest, write_text
 
 _VERSION = "1"
 
@@ -48,7 +48,7 @@ class Memory:
     def look(self, path: Path, *, max_pixels: int, mask: bool = False) -> Seen:
         """Read, hash, and decode unless that content is known. Raises UnreadableError."""
         raw = read_file(path)
-        content = sha256(raw)
+        content = digest(raw)
         key = f"{'mask' if mask else 'picture'} {content}"
         seen = self._known.get(key) or self._fresh.get(key)
         if seen is not None and seen.width * seen.height <= max_pixels:

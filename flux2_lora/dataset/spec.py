@@ -17,7 +17,7 @@ from flux2_lora.options import option
 
 CROPS = ("center", "focus", "random")
 ALPHA = ("background", "mask")
-POSTERIOR = ("sample", "mean")
+POSTERIOR = ("auto", "sample", "mean")
 CAPTION_SUFFIXES = (".txt", ".caption")
 
 
@@ -92,7 +92,7 @@ class DatasetSpec:
     alpha: str = option("background", one_of=ALPHA)
     masks: str | None = None
     unmasked_weight: float = option(0.1, at_least=0, at_most=1)
-    posterior: str = option("sample", one_of=POSTERIOR)
+    posterior: str = option("auto", one_of=POSTERIOR)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,10 @@ class ModelFamily(Protocol):
     @property
     def pixels_per_token(self) -> int: ...
 
+    @property
+    def samples_posterior(self) -> bool:
+        """Whether the base was trained on latents drawn from the VAE's posterior, and not on its mean."""
+
     def configuration(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """What the transformer is built with, read off its tensors, for files that carry no configuration."""
 

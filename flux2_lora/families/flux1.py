@@ -30,6 +30,7 @@ class Flux1:
     vae_class: str = "AutoencoderKL"
     latent_channels: int = 64
     pixels_per_token: int = 16
+    samples_posterior: bool = True
     text: T5ClipText = field(default_factory=T5ClipText)
 
     def configuration(self, shapes: Shapes) -> dict[str, Any]:

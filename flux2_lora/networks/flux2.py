@@ -1,8 +1,8 @@
 """Everything of FLUX.2 but its text: Flux2Transformer2DModel and AutoencoderKLFlux2, for any family's text encoder.
 
-Three facts that trainers get wrong are kept here: the transformer takes t = sigma in [0, 1] and multiplies by 1000
-itself; the text has one padded length in training and sampling alike (padding is attended to); and the shift counts
-packed tokens, 16 x 16 pixels each.
+Four facts that trainers get wrong are kept here: the transformer takes t = sigma in [0, 1] and multiplies by 1000
+itself; the text has one padded length in training and sampling alike (padding is attended to); the shift counts packed
+tokens, 16 x 16 pixels each; and a picture's latents are the posterior's mean, as the authors' own encoder has them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Flux2:
     vae_class: str = "AutoencoderKLFlux2"
     latent_channels: int = 128
     pixels_per_token: int = 16
+    samples_posterior: bool = False
 
     def configuration(self, shapes: Shapes) -> dict[str, Any]:
         """The configuration that a transformer of these tensors has; a SwiGLU's first layer is twice as wide."""

@@ -26,7 +26,7 @@ from flux2_lora.dataset.pictures import crop_mask, crop_to, open_mask, open_pict
 from flux2_lora.devices import compute_dtype
 from flux2_lora.errors import UserError
 from flux2_lora.families import Model
-from flux2_lora.files import FileDigests, sha256
+from flux2_lora.files import FileDigests, digest
 from flux2_lora.flow import generator
 from flux2_lora.latents import Posterior
 from flux2_lora.training.step import Sample
@@ -189,7 +189,8 @@ def items_of(records: Sequence[Record]) -> list[Item]:
 class CachedSamples(Dataset[Sample]):
     """Encoded items. What a step sees of one is drawn by (seed, epoch, item): crop, caption, and latents anew.
 
-    spec: posterior says whether latents are drawn or are the mean; unmasked_weight is what masks leave black.
+    spec: posterior says whether latents are drawn or are the mean, unless that is left to the model's family;
+    unmasked_weight is what masks leave black.
     """
 
     encoder: Encoder
@@ -202,6 +203,12 @@ class CachedSamples(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.items)
 
+    @property
+    def draws(self) -> bool:
+        """Whether latents are drawn anew from the posterior each time."""
+        how = {"auto": self.encoder.model.family.samples_posterior, "sample": True, "mean": False}
+        return how[self.spec.posterior]
+
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         """The sample of (index, epoch)."""
         index, epoch = place
@@ -213,7 +220,7 @@ class CachedSamples(Dataset[Sample]):
         text = record.texts[int(torch.randint(len(record.texts), (1,), generator=stream))]
         dropped = float(torch.rand(1, generator=stream)) < source.caption_dropout
         posterior, mask = self.encoder.posterior(crop)
-        latents = posterior.draw(stream) if self.spec.posterior == "sample" else posterior.mean
+        latents = posterior.draw(stream) if self.draws else posterior.mean
         return self._sample(item, latents, mask, "" if dropped else text)
 
     def still(self, index: int) -> Sample:
@@ -272,9 +279,9 @@ def prune_cache(spec: CacheSpec, encoder: Encoder) -> None:
         console.print(f"pruned {pruned.entries} cache entries, {pruned.size / 1e6:.0f} MB")
 
 
-def _bytes_of(file: Path, digest: str) -> bytes:
+def _bytes_of(file: Path, content: str) -> bytes:
     raw = read_file(file)
-    if sha256(raw) != digest:
+    if digest(raw) != content:
         raise UserError(f"{file} changed while it was being read", "run the same command again")
     return raw
 

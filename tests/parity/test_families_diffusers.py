@@ -188,6 +188,18 @@ def test_compiled_blocks_have_one_graph_and_the_same_gradients(pair: Pair, kind:
     torch.testing.assert_close(compiled, plain, atol=1e-6, rtol=1e-4)
 
 
+def test_the_posterior_is_the_autoencoders(pair: Pair) -> None:
+    """One standard deviation off the mean, decoded by either side."""
+    family, vae = pair.model.family, pair.model.load_vae(CPU)
+    pixels = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        theirs = vae.encode(pixels).latent_dist  # type: ignore[operator]
+        decoded = vae.decode(theirs.mode() + theirs.std).sample.clamp(-1, 1)  # type: ignore[operator]
+        ours = family.encode_pixels(vae, pixels)
+        torch.testing.assert_close(family.decode_latents(vae, ours.mean + ours.std), decoded, atol=1e-4, rtol=1e-4)
+    assert ours.std.min() > 0
+
+
 def gradients(
     model: Model, kind: str, *, checkpointing: bool, backend: str | None = None, autocast: bool = False
 ) -> Tensor:
@@ -205,7 +217,7 @@ def gradients(
         compile_blocks(transformer, backend, fullgraph=True)
     texts = stack(list(model.load_prompt_encoder(CPU)(PROMPTS[:2])))
     latents = torch.randn(2, model.family.latent_channels, 4, 4, generator=noise)
-    batch = Batch(latents=latents, conditioning=texts, keys=("a", "b"))
+    batch = Batch(latents=latents, conditioning=texts, mask=torch.ones(2, 1, 4, 4), weights=torch.ones(2))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = training_loss(model.family, transformer, batch, TimestepSpec(), seed=0, step=0)
     loss.backward()

@@ -311,7 +311,12 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
 
     def call(*options: str) -> Outcome:
         program = share() / "data" / "caption.py"
-        given = ("folder=pictures", f"captioner.path={built / 'blip'}", "captioner.max_new_tokens=8", "device=cpu")
+        given = (
+            "dataset.folder=pictures",
+            f"captioner.path={built / 'blip'}",
+            "captioner.max_new_tokens=8",
+            "device=cpu",
+        )
         monkeypatch.setattr(sys, "argv", [str(program), *given, *options])
         capfd.readouterr()
         code = 0
@@ -408,8 +413,8 @@ def test_nothing_to_do_loads_nothing(run: Run, pictures: Path, monkeypatch: pyte
 def test_refusals_of_the_program(run: Run, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for options, what in (
-        (("folder=picture",), "folder=picture"),
-        (("folder=empty",), "folder=empty holds no pictures"),
+        (("dataset.folder=picture",), "dataset.folder=picture"),
+        (("dataset.folder=empty",), "dataset.folder=empty holds no pictures"),
         (("captioner.path=nowhere",), "captioner.path=nowhere: there is no such folder"),
         (("captioner.max_new_tokens=0",), "captioner.max_new_tokens=0"),
         (("suffix=.md",), "suffix=.md"),

@@ -165,6 +165,10 @@ def test_shuffled_tags_are_the_same_tags_with_the_first_ones_in_place(tags: list
         assert found[:keep] == wanted[:keep]
 
 
+def test_the_first_order_is_the_one_that_is_written() -> None:
+    assert shuffled("d, c, b, a", 3, 0)[0] == "d, c, b, a"
+
+
 def test_as_many_orders_are_drawn_as_asked_for_and_there_are() -> None:
     assert len(shuffled("a, b, c, d, e", 4, 0)) == 4
     assert set(shuffled("a, b, c", 50, 1)) == {"a, b, c", "a, c, b"}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flux2_lora.dataset import Scan
 from flux2_lora.dataset.spec import SourceSpec
-from flux2_lora.families import Model, ModelFamily, open_model
+from flux2_lora.families import Model, ModelFamily, family_names, load_family, open_model
 from flux2_lora.flow import TimestepSpec, velocity_error
 from flux2_lora.training.encoding import CachedSamples, Encoder, encode_samples, items_of
 from flux2_lora.training.step import collate, training_loss
@@ -149,7 +149,7 @@ def test_a_changed_file_rebuilds_its_own_entry(
         ({"trigger_word": "sks"}, (0, 5)),
         ({"caption_dropout": 0.5}, (0, 1)),
         ({"unmasked_weight": 0.5}, (0, 0)),
-        ({"posterior": "mean"}, (0, 0)),
+        ({"posterior": "sample"}, (0, 0)),
         ({"max_upscale": 4.0}, (0, 0)),
     ],
     ids=str,
@@ -275,7 +275,7 @@ def test_a_worker_does_not_encode(folder: Path, tiny_model: Model, monkeypatch: 
 
 
 def test_each_epoch_draws_the_latents_anew_around_the_mean(folder: Path, tiny_model: Model) -> None:
-    samples = prepare(folder, tiny_model).samples
+    samples = prepare(folder, tiny_model, posterior="sample").samples
     posterior, _ = samples.encoder.posterior(next(iter(samples.crop_keys.values()))[0])
     drawn = torch.stack([samples[0, epoch].latents for epoch in range(200)])
     assert len({tensor.sum().item() for tensor in drawn}) == 200
@@ -284,10 +284,15 @@ def test_each_epoch_draws_the_latents_anew_around_the_mean(folder: Path, tiny_mo
     assert distance.abs().mean() == pytest.approx(0.8, abs=0.1)  # of a standard normal
 
 
-def test_the_mean_may_be_trained_on(folder: Path, tiny_model: Model) -> None:
-    samples = prepare(folder, tiny_model, posterior="mean").samples
+@pytest.mark.parametrize("how", ["auto", "mean"])
+def test_the_mean_is_trained_on_where_the_base_was(folder: Path, tiny_model: Model, how: str) -> None:
+    samples = prepare(folder, tiny_model, posterior=how).samples
     assert torch.equal(samples[0, 0].latents, samples[0, 1].latents)
     assert torch.equal(samples[0, 0].latents, samples.still(0).latents)
+
+
+def test_only_flux1_was_trained_on_draws() -> None:
+    assert {name for name in family_names() if load_family(name).samples_posterior} == {"flux1"}
 
 
 def test_validation_sees_the_first_crop_the_first_caption_and_the_mean(folder: Path, tiny_model: Model) -> None:
@@ -344,7 +349,7 @@ def test_an_epoch_has_each_picture_at_each_resolution_as_often_as_its_repeats(tm
 
 def test_repeats_of_a_picture_are_drawn_apart(tmp_path: Path, tiny_model: Model) -> None:
     picture(tmp_path / "set/2_a/a.png")
-    samples = prepare(tmp_path / "set", tiny_model).samples
+    samples = prepare(tmp_path / "set", tiny_model, posterior="sample").samples
     assert not torch.equal(samples[0, 0].latents, samples[1, 0].latents)
 
 
