@@ -7,6 +7,7 @@ counted and made again. A key spells everything that the entry depends on: nothi
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Collection, Mapping
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from flux2_lora.files import digest, tensors_digest, write_tensors
@@ -45,7 +47,7 @@ class TensorCache:
     """One kind of tensors (of KINDS), one file an entry: <folder>/<kind>/<key[:2]>/<key>.safetensors.
 
     Runs and processes may share a folder: entries are written atomically, and equal keys mean equal contents. The time
-    of change of an entry is that of its last use.
+    of access of an entry is that of its last use, whatever the file system does by itself.
     """
 
     def __init__(self, folder: Path, kind: str) -> None:
@@ -77,7 +79,7 @@ class TensorCache:
     def _read(self, key: str, *, whole: bool) -> dict[str, Tensor] | None:
         path = self.path(key)
         try:
-            tensors = _verified(path, key, whole=whole)
+            tensors = _verified(path, key) if whole else _headed(path, key)
         except FileNotFoundError:
             return None
         except (SafetensorError, ValueError):
@@ -85,7 +87,7 @@ class TensorCache:
             self.healed += 1
             return None
         with suppress(OSError):  # another run may have pruned it in this moment
-            os.utime(path)
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         return tensors
 
 
@@ -107,16 +109,16 @@ def prune(folder: Path, *, max_bytes: float | None, max_age_s: float | None, kee
     states = {
         path: state for kind in KINDS for path in folder.glob(f"{kind}/??/*") if (state := _state(path)) is not None
     }
-    idle = {path: state for path, state in states.items() if now - state.st_mtime > IN_USE_S}
+    idle = {path: state for path, state in states.items() if now - state.st_atime > IN_USE_S}
     halves = [path for path in idle if path.name.startswith(".")]
     entries = sorted(
         (path for path in idle if path.suffix == ".safetensors" and path.absolute() not in kept),
-        key=lambda path: idle[path].st_mtime,
+        key=lambda path: idle[path].st_atime,
     )
     total = sum(state.st_size for state in states.values())
     gone: list[Path] = []
     for path in [*halves, *entries]:
-        old = max_age_s is not None and now - idle[path].st_mtime > max_age_s
+        old = max_age_s is not None and now - idle[path].st_atime > max_age_s
         crowded = max_bytes is not None and total > max_bytes
         if old or crowded or path in halves:
             path.unlink(missing_ok=True)
@@ -132,12 +134,23 @@ def _state(path: Path) -> os.stat_result | None:
         return None
 
 
-def _verified(path: Path, key: str, *, whole: bool) -> dict[str, Tensor]:
-    """Read an entry; raises SafetensorError or ValueError where it is not whole, or not the one of `key`."""
+def _headed(path: Path, key: str) -> dict[str, Tensor]:
+    """No tensors; raises SafetensorError or ValueError unless the header is whole, its file as long, its key ours."""
     with safe_open(path, framework="pt") as file:
-        metadata, names = file.metadata() or {}, file.keys()
-        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names} if whole else {}
-    if metadata.get("key") != key or (whole and metadata.get("checksum") != _checksum(key, tensors)):
+        if (file.metadata() or {}).get("key") != key:
+            raise ValueError(f"{path} is another entry")
+    return {}
+
+
+def _verified(path: Path, key: str) -> dict[str, Tensor]:
+    """Read an entry; raises SafetensorError or ValueError where it is not whole, or not the one of `key`.
+
+    Read and not mapped: what was checked must not change when the file does.
+    """
+    raw = path.read_bytes()
+    tensors = load(raw)
+    metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__", {})
+    if metadata.get("checksum") != _checksum(key, tensors):
         raise ValueError(f"{path} fails its checksum")
     return tensors
 

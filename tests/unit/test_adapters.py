@@ -26,7 +26,8 @@ def batch() -> Batch:
     noise = torch.Generator().manual_seed(0)
     embeds = torch.randn(2, 5, 24, generator=noise)
     latents = torch.randn(2, 128, 2, 3, generator=noise)
-    return Batch(latents=latents, conditioning=Conditioning(embeds=embeds), keys=("a", "b"))
+    whole = torch.ones(2, 1, 2, 3)
+    return Batch(latents=latents, conditioning=Conditioning(embeds=embeds), mask=whole, weights=torch.ones(2))
 
 
 def loss_of(family: ModelFamily, transformer: nn.Module, step: int = 0) -> Tensor:

@@ -207,7 +207,7 @@ def test_an_unreadable_disk_is_not_taken_for_damage(cache: TensorCache, monkeypa
     def broken(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("flux2_lora.caches.safe_open", broken)
+    monkeypatch.setattr("flux2_lora.caches.load", broken)
     with pytest.raises(OSError, match="Input/output"):
         cache.load(key)
     assert path.exists()
