@@ -201,14 +201,19 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """The colours in sRGB, alpha dropped; raises ValueError or PyCMSError for a profile that does not fit."""
-    plain = image.convert({"1": "L", "LA": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
+    plain = _as(image, {"1": "L", "LA": "L", "L": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
     if not profile:
-        return plain.convert("RGB")
+        return _as(plain, "RGB")
     source = ImageCms.ImageCmsProfile(BytesIO(profile))
     space = source.profile.xcolor_space.strip()
     if space == "RGB" and plain.mode == "L":
-        plain = plain.convert("RGB")
+        plain = _as(plain, "RGB")
     if {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space) != plain.mode:
         raise ValueError(f"its colour profile is for {space}, its pixels are {plain.mode}")
     converted = ImageCms.profileToProfile(plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     return cast("Image.Image", converted)  # None is for in-place conversions only
+
+
+def _as(image: Image.Image, mode: str) -> Image.Image:
+    """In that mode; the picture itself where it is, which `convert` would copy."""
+    return image if image.mode == mode else image.convert(mode)

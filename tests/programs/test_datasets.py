@@ -238,7 +238,7 @@ def test_after_kill_9_the_next_run_encodes_the_rest_only(eleven: Path) -> None:
     """At 20 points, between entries and inside of one; each process is killed as the system kills."""
     code, said, _ = run(KILLED, cwd=eleven)
     assert code == 0, said[-3000:]
-    outcomes = json.loads(said.split("outcomes ")[1])
+    outcomes = json.loads(said.split("outcomes ")[1].splitlines()[0])
     assert len(outcomes) == 20
     wanted = encoded(eleven, "cache-0")
     assert len(wanted) == 33
