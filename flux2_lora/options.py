@@ -38,9 +38,10 @@ def check(spec: Any, prefix: str = "") -> None:
 
 def _parts(name: str, value: Any) -> list[tuple[str, Any]]:
     """A value, or each of a list, with the name that a user would give it."""
-    if isinstance(value, list) and len(value) > 1:
-        return [(f"{name}[{place}]", part) for place, part in enumerate(value)]
-    return [(name, part) for part in (value if isinstance(value, list) else [value])]
+    if not isinstance(value, list):
+        return [(name, value)]
+    one = len(value) == 1 and not dataclasses.is_dataclass(value[0])  # a list of one may be written as that one
+    return [(name if one else f"{name}[{place}]", part) for place, part in enumerate(value)]
 
 
 def _check_value(name: str, value: Any, limits: Any) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.conftest import Command
@@ -259,3 +260,107 @@ def test_two_processes_fill_one_cache(eleven: Path) -> None:
     assert [process.wait() for process in both] == [0, 0]
     assert equal(entries(eleven / "shared"), encoded(eleven, "alone"))
     assert [path.name for path in (eleven / "shared").rglob(".*")] == []
+
+
+# --- a run with everything at once
+
+
+@pytest.fixture
+def rich(tmp_path: Path) -> list[str]:
+    """Options of a run in which every draw is made: crops, flips, tags, dropped captions, latents, two sources."""
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        folder = tmp_path / ("2_mine" if number < 4 else "other")
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (70, 110, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"thing {number}, red, round, flat")
+    Image.fromarray(np.eye(70, 110, dtype=np.uint8) * 255).save(tmp_path / "2_mine/0-masklabel.png")
+    return [
+        *("dataset.folder=2_mine", "dataset.sources=[{folder: other, weight: 0.5, trigger_word: osks}]"),
+        *("dataset.trigger_word=sks", "dataset.shuffle_tags=3", "dataset.caption_dropout=0.3", "dataset.flip=true"),
+        *("dataset.crop=random", "dataset.crop_variants=2", "dataset.posterior=sample", "dataset.resolution=[48,64]"),
+        *("dataset.holdout=0.2", "batch_size=2", "preview.every=0", "validation.every=6", "device=cpu"),
+    ]
+
+
+def learned(name: str, step: int) -> dict[str, dict[str, torch.Tensor]]:
+    return entries(Path(f"outputs/{name}/checkpoints/step-{step:06}"))
+
+
+def test_a_run_with_every_draw_resumes_bit_for_bit(command: Command, rich: list[str]) -> None:
+    whole = command("train", *rich, "name=whole", "max_steps=6", "checkpoint_every=3")
+    assert whole.code == 0, whole.err
+    assert command("train", *rich, "name=halves", "max_steps=3").code == 0
+    assert command("train", *rich, "name=halves", "max_steps=6").code == 0
+    assert equal(learned("halves", 6), learned("whole", 6))
+
+
+def test_workers_change_nothing(command: Command, rich: list[str]) -> None:
+    assert command("train", *rich, "name=alone", "max_steps=4").code == 0
+    assert command("train", *rich, "name=helped", "max_steps=4", "loader_workers=2").code == 0
+    assert equal(learned("alone", 4), learned("helped", 4))
+
+
+def test_every_trigger_word_is_in_the_export(command: Command, rich: list[str]) -> None:
+    assert command("train", *rich, "name=words", "max_steps=1").code == 0
+    with safe_open(Path("outputs/words/export/words.safetensors"), framework="pt") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == "sks, osks"
+
+
+def test_prepare_prunes_what_is_old(command: Command, rich: list[str]) -> None:
+    quick = [option for option in rich if option.startswith("dataset.")]
+    assert command("prepare", *quick).code == 0
+    before = set(Path("outputs/cache").rglob("*.safetensors"))
+    for path in before:
+        os.utime(path, (0, path.stat().st_mtime))
+    pruned = command("prepare", "dataset.folder=other", "cache.max_days=7")
+    assert pruned.code == 0
+    assert "pruned " in pruned.out
+    after = set(Path("outputs/cache").rglob("*.safetensors"))
+    assert before - after
+    assert command("prepare", *quick, "cache.max_gb=0.000001").code == 0
+    assert before <= set(Path("outputs/cache").rglob("*.safetensors"))
+
+
+def test_a_damaged_cache_is_told_and_mended(command: Command, eleven: Path) -> None:
+    assert command("prepare", "dataset.folder=set").code == 0
+    for path in list(Path("outputs/cache/latents").rglob("*.safetensors"))[:3]:
+        path.write_bytes(path.read_bytes()[:-3])
+    assert "3 damaged entries were made again" in command("prepare", "dataset.folder=set").out
+    assert "damaged" not in command("prepare", "dataset.folder=set").out
+
+
+def test_an_imported_file_trains(command: Command, eleven: Path) -> None:
+    Path("k.toml").write_text(
+        "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'set'\nnum_repeats = 2\ncolor_aug = true\n"
+    )
+    outcome = command("train", "dataset.import=k.toml", "max_steps=1", "preview.every=0", "device=cpu")
+    assert outcome.code == 0, outcome.err
+    assert "k.toml: color_aug=true is not taken over" in outcome.out
+    assert "import: k.toml" in Path("outputs/k/run.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "remedy"),
+    [
+        (["dataset.sources=[{foldr: a}]"], "dataset.sources[0].foldr is not an option", "did you mean folder?"),
+        (["dataset.sources=[a]"], "dataset.sources=['a'] is not a list of options in braces", "[{folder: pictures}]"),
+        (["dataset.sources=[{folder: set, repeats: 0}]"], "dataset.sources[0].repeats=0 is out of range", "at least 1"),
+        (["dataset.sources=[{}]"], "dataset.sources[0] names neither of folder and hub", "name one of them"),
+        (["dataset.import=gone.toml"], "dataset.import=gone.toml does not exist", "check the path"),
+        (["dataset.import=set"], "dataset.import=set is neither TOML nor YAML", "kohya"),
+        (["dataset.masks=gone", "dataset.folder=set"], "dataset.masks=gone does not exist", ""),
+        (["dataset.background=octarine", "dataset.folder=set"], "dataset.background=octarine is not a colour", "white"),
+        (["dataset.resolution=[64,8]", "dataset.folder=set"], "dataset.resolution[1]=8 is out of range", "at least 16"),
+        (["dataset.hub=nobody/nothing"], "dataset.hub=nobody/nothing (split train) cannot be loaded", "check the id"),
+    ],
+)
+def test_a_wrong_dataset_option_is_named_with_a_remedy(
+    command: Command, eleven: Path, options: list[str], what: str, remedy: str
+) -> None:
+    outcome = command("train", *options)
+    assert outcome.code == 2
+    first, second = outcome.err.strip().splitlines()
+    assert what in first
+    assert remedy in second
+    assert not [path for path in Path("outputs").rglob("*") if path.is_file() and "datasets" not in path.parts]
