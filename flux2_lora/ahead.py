@@ -14,8 +14,8 @@ Made = TypeVar("Made")
 
 
 def threads() -> int:
-    """As many as the processor runs, at most 8."""
-    return min(8, os.cpu_count() or 1)
+    """As many as the processor runs, at most 4: each may hold a decoded picture."""
+    return min(4, os.cpu_count() or 1)
 
 
 def ahead(make: Callable[[Item], Made], items: Sequence[Item], workers: int | None = None) -> Iterator[Made]:

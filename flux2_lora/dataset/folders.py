@@ -59,15 +59,15 @@ class _RefusedError(Exception):
 
 def existing(text: str, what: str) -> Path:
     """The folder of that name; UserError where it is none, with the nearest name."""
-    folder = Path(text).expanduser()
     try:
+        folder = Path(text).expanduser()
         if folder.is_dir():
             return folder
         if folder.is_file():
             remedy = "name the folder that holds the pictures; unpack an archive"
             raise UserError(f"{what} is a file, not a folder", remedy)
         beside = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()] if folder.parent.is_dir() else []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last is for a ~name without a home
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{shown(what)} cannot be opened: {reason}", "check the path and its permissions") from error
     near = f"in {folder.parent} there is: {listed(sorted(beside))}" if beside else "check the path"

@@ -269,6 +269,8 @@ _AS_HERE = {
     "type": "image",
 }
 """What is done here anyway."""
+_TOLD_OFF = frozenset({"buckets", "enable_bucket", "mask_min_value"})
+"""What trains otherwise where it is off."""
 _INSTEAD = {
     "batch_size": "batch_size={}",
     "bucket_no_upscale": "dataset.max_upscale=1",
@@ -411,7 +413,7 @@ def _read(file: _File, key: str, where: str, value: Any, how: _Value) -> Any:
 def _matters(key: str, value: Any) -> bool:
     """Whether an option makes their training another than ours."""
     silent = key in _WITHOUT_EFFECT or key.startswith("cache_")
-    return bool(value) and not silent and value != _AS_HERE.get(key)
+    return (bool(value) or key in _TOLD_OFF) and not silent and value != _AS_HERE.get(key)
 
 
 def _notes(file: _File, datasets: Sequence[Sequence[_Table]]) -> list[str]:

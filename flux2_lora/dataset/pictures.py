@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -37,6 +37,7 @@ LARGEST_FILE = 512 << 20
 """Bytes: 64 Mpx of four 16-bit channels. What is larger is no picture that anybody trains on."""
 _IN_FLIGHT_PX = 64_000_000
 _STRIP_PX = 4_000_000
+_LARGE, _LARGE_BYTES = threading.RLock(), 32 << 20
 
 # Pillow's notes on sizes and odd metadata: the limit is ours, and the reasons are too.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -55,13 +56,20 @@ class Picture:
     moving: bool = False
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a picture file; raises UnreadableError, also for a file of more than LARGEST_FILE."""
+@contextmanager
+def file_bytes(path: Path) -> Iterator[bytes]:
+    """The bytes of a picture file; raises UnreadableError, also for a file of more than LARGEST_FILE.
+
+    Of large files one is in memory at a time, over all threads.
+    """
     with _worded():
         size = path.stat().st_size
         if size > LARGEST_FILE:
             raise UnreadableError(f"a file of {size / 1e9:.1f} GB is no picture")
-        return path.read_bytes()
+    with _LARGE if size > _LARGE_BYTES else nullcontext():
+        with _worded():
+            content = path.read_bytes()
+        yield content
 
 
 def open_picture(source: Path | bytes, *, max_pixels: int | None = None, background: str = "white") -> Picture:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flux2_lora.dataset.captions import TRIGGER, decoded, texts_of
+from flux2_lora.dataset.captions import TRIGGER, clean, read_text, texts_of
 from flux2_lora.dataset.crops import Box, Crop, buckets_of, crops_of
 from flux2_lora.dataset.folders import (
     VALIDATION,
@@ -91,6 +91,8 @@ class Scan:
             more = f" and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""
             lines += [f"skipped {name}: {reason}" for name, reason in self.skipped[:5]]
             lines.append(f"{len(self.skipped)} skipped in all{more and ', the full list is'} in {file}")
+        else:
+            file.unlink(missing_ok=True)  # of an earlier run
         return lines
 
 
@@ -165,8 +167,11 @@ def preview_prompts(spec: DatasetSpec) -> list[str]:
     specs = [source.folder for source in source_specs(spec, []) if source.folder and not source.regularisation]
     files = [Path(folder).expanduser() / "prompts.txt" for folder in specs]
     file = next((file for file in files if file.is_file()), None)
-    lines = decoded(file.read_bytes()).splitlines() if file else []
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    try:
+        lines = read_text(file).splitlines() if file else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read", "write one prompt a line, or set preview.prompts") from error
+    prompts = [clean(line) for line in lines if clean(line) and not line.lstrip().startswith("#")]
     return [prompt.replace(TRIGGER, spec.trigger_word or TRIGGER) for prompt in prompts]
 
 
@@ -183,9 +188,10 @@ def _sources(spec: DatasetSpec, specs: Sequence[SourceSpec], cache: Path) -> lis
         name = f"dataset.hub={source.hub}" if source.hub else f"dataset.folder={source.folder}"
         folder = _fetch(source, spec, cache) if source.hub else existing(source.folder or "", name)
         found.append(resolved(spec, source, folder, name))
-        if (folder / VALIDATION).is_dir() and not source.regularisation:
+        held = folder / VALIDATION
+        if held.is_dir() and not source.regularisation and held not in [own.folder for own in found]:
             name = f"{name}/{VALIDATION}"
-            found.append(resolved(spec, source, folder / VALIDATION, name, validation=True))
+            found.append(resolved(spec, source, held, name, validation=True))
     if spec.validation:
         name = f"dataset.validation={spec.validation}"
         chosen = SourceSpec(folder=spec.validation)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from flux2_lora.ahead import ahead
 from flux2_lora.dataset.crops import Box
-from flux2_lora.dataset.pictures import UnreadableError, open_mask, open_picture, read_file
+from flux2_lora.dataset.pictures import UnreadableError, file_bytes, open_mask, open_picture
 from flux2_lora.files import digest, write_text
 
 _VERSION = "1"
@@ -47,15 +47,14 @@ class Memory:
 
     def look(self, path: Path, *, max_pixels: int, mask: bool = False) -> Seen:
         """Read, hash, and decode unless that content is known. Raises UnreadableError."""
-        raw = read_file(path)
-        content = digest(raw)
-        key = f"{'mask' if mask else 'picture'} {content}"
-        seen = self._known.get(key) or self._fresh.get(key)
-        if seen is not None and seen.width * seen.height <= max_pixels:
+        with file_bytes(path) as raw:
+            content = digest(raw)
+            key = f"{'mask' if mask else 'picture'} {content}"
+            seen = self._known.get(key) or self._fresh.get(key)
+            if seen is None or seen.width * seen.height > max_pixels:
+                seen = _mask(raw, content, max_pixels) if mask else _picture(raw, content, max_pixels)
+                self._fresh[key] = seen
             return seen
-        seen = _mask(raw, content, max_pixels) if mask else _picture(raw, content, max_pixels)
-        self._fresh[key] = seen
-        return seen
 
     def look_at_all(self, paths: Sequence[Path], *, max_pixels: int, mask: bool = False) -> Iterator[Seen | str]:
         """`look` for each path in turn, decoded ahead in threads; in place of an unreadable one, the reason."""

@@ -8,7 +8,8 @@ found damaged, at any time, is made again alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from flux2_lora.caches import CacheSpec, TensorCache, prune
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.dataset import DatasetSpec, Record
 from flux2_lora.dataset.crops import Crop
-from flux2_lora.dataset.pictures import crop_mask, crop_to, open_mask, open_picture, read_file
+from flux2_lora.dataset.pictures import crop_mask, crop_to, file_bytes, open_mask, open_picture
 from flux2_lora.devices import compute_dtype
 from flux2_lora.errors import UserError
 from flux2_lora.families import Model
@@ -89,10 +90,12 @@ class Encoder:
 
     def verify(self) -> None:
         """Read every entry of this run in full, and make the damaged ones again."""
-        for key in self._jobs:
-            self.posterior(key)
-        for key in self._texts:
-            self._text(key)
+        pictures = [key for key in self._jobs if self.latents.load(key) is None]
+        texts = [key for key in self._texts if self.texts.load(key) is None]
+        if pictures:
+            self._encode_pictures(pictures)
+        if texts:
+            self._encode_texts(texts)
 
     @property
     def healed(self) -> int:
@@ -127,17 +130,20 @@ class Encoder:
         vae = self.model.load_vae(self.device)
         opened = ahead(lambda key: self._open(*self._jobs[key]), keys)
         for key, found in counted("pictures encoded", zip(keys, opened, strict=True), len(keys)):
-            if len(keys) == 1 or not self.latents.path(key).is_file():  # another process may have been here
+            if not self.latents.path(key).is_file():  # else another process may have been here
                 self.latents.store(key, self._encoded(vae, found))
 
     def _open(self, record: Record, crop: Crop) -> Pixels:
         """The crop's pixels and mask, from the very bytes that its key names."""
-        opened = open_picture(_bytes_of(record.path, record.digest), background=self.background)
+        with _bytes_of(record.path, record.digest) as raw:
+            opened = open_picture(raw, background=self.background)
         pixels = crop_to(opened.image, crop.height, crop.width, crop.centering)
         mask = None
         if record.mask is not None:
-            file = record.mask.path
-            painted = opened.alpha if file is None else open_mask(_bytes_of(file, record.mask.digest))
+            painted = opened.alpha
+            if record.mask.path is not None:
+                with _bytes_of(record.mask.path, record.mask.digest) as raw:
+                    painted = open_mask(raw)
             assert painted is not None
             side = self.model.family.pixels_per_token
             mask = crop_mask(painted, crop.height // side, crop.width // side, crop.centering)
@@ -279,11 +285,13 @@ def prune_cache(spec: CacheSpec, encoder: Encoder) -> None:
         console.print(f"pruned {pruned.entries} cache entries, {pruned.size / 1e6:.0f} MB")
 
 
-def _bytes_of(file: Path, content: str) -> bytes:
-    raw = read_file(file)
-    if digest(raw) != content:
-        raise UserError(f"{file} changed while it was being read", "run the same command again")
-    return raw
+@contextmanager
+def _bytes_of(file: Path, content: str) -> Iterator[bytes]:
+    """The bytes of a file that must still be those with that digest."""
+    with file_bytes(file) as raw:
+        if digest(raw) != content:
+            raise UserError(f"{file} changed while it was being read", "run the same command again")
+        yield raw
 
 
 def _in_main_process(key: str) -> str:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flux2_lora.dataset import DatasetSpec, Record
+from flux2_lora.dataset import DatasetSpec, Record, preview_prompts
 from flux2_lora.dataset.pictures import UnreadableError
 from flux2_lora.dataset.scan import hold_out
 from flux2_lora.dataset.seen import Memory
@@ -368,3 +368,27 @@ def test_nothing_is_remembered_before_it_is_saved(tmp_path: Path) -> None:
     picture(tmp_path / "p/a.png")
     scanned(spec(tmp_path / "p"))
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+def test_a_list_of_an_earlier_run_goes_where_nothing_is_skipped(tmp_path: Path) -> None:
+    picture(tmp_path / "p/good.png")
+    (tmp_path / "skipped.txt").write_text("an old one")
+    scanned(spec(tmp_path / "p")).report(tmp_path / "skipped.txt")
+    assert not (tmp_path / "skipped.txt").exists()
+
+
+def test_one_folder_at_two_resolutions_has_one_validation_set(tmp_path: Path) -> None:
+    picture(tmp_path / "p/a.png")
+    picture(tmp_path / "p/validation/b.png")
+    found = scanned(spec(tmp_path / "p", sources=[SourceSpec(folder=str(tmp_path / "p"), resolution=[48])]))
+    assert [record.buckets for record in found.training] == [((64, 64),), ((48, 48),)]
+    assert len(found.validation) == 1
+
+
+def test_preview_prompts_are_lines_without_comments_and_with_the_trigger_word(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("a [trigger] cat\r\n\n# no\n un \x1bchat\n".encode("utf-16"))
+    assert preview_prompts(spec(tmp_path, trigger_word="sks")) == ["a sks cat", "un chat"]
+
+
+def test_a_home_of_nobody_is_one_line() -> None:
+    assert "cannot be opened" in error_of(lambda: scanned(spec(Path("~nobody-here/pictures")))).what

@@ -542,3 +542,9 @@ def survives(name: str, content: bytes) -> None:
             found = read_import(str(file))
             assert all(len(note.splitlines()) == 1 for note in found.notes)
             assert all(source.folder and source.repeats > 0 for source in found.sources)
+
+
+@pytest.mark.parametrize("option", ["enable_bucket = false"])
+def test_what_trains_otherwise_where_it_is_off_is_noted(read: Read, option: str) -> None:
+    (note,) = read(f"[[datasets]]\nimage_directory = 'absent'\n{option}").notes
+    assert "enable_bucket=false is not taken over" in note
