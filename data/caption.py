@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from flux2_lora.config import program
+from flux2_lora.dataset import DatasetSpec
 from flux2_lora.dataset.captions import clean, read_text
 from flux2_lora.dataset.folders import MASK_MARK, contents, existing, shown, suffixes
 from flux2_lora.dataset.pictures import HEIC_SUFFIXES, SUFFIXES, UnreadableError, heic_is_read, open_picture
@@ -132,7 +133,7 @@ def opened(picture: Path) -> Image.Image:
     """The picture as a person sees it; raises UnreadableError."""
     if picture.suffix.lower() in HEIC_SUFFIXES and not heic_is_read():
         raise UnreadableError("HEIC needs pillow-heif: install flux2-lora[heic]")
-    return open_picture(picture).image
+    return open_picture(picture, max_pixels=DatasetSpec(folder="").max_pixels).image
 
 
 def save(file: Path, text: str, folder: str) -> None:

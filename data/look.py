@@ -33,7 +33,7 @@ from flux2_lora.options import option
 
 LONGEST_CAPTION = 350
 """Words. Text encoders read 512 tokens and English takes about 1.4 tokens a word: what comes later is cut off."""
-SHEET_PICTURES = 60
+SHEET_PICTURES, LABEL_CHARACTERS = 60, 400
 CELL_PX, GAP_PX, TEXT_PX, TEXT_LINES = 288, 20, 16, 4
 PAPER, INK, GREY, TAG = "#ffffff", "#111111", "#666666", "#0b57d0"
 DIMMED = 0.25
@@ -209,7 +209,7 @@ def label(record: Record, crop: Crop, *, held_out: bool) -> Image.Image:
     notes += [f"{loss:.0%} cut off"] * (loss >= 0.05) + [f"{crop.height} x {crop.width}"]
     right = ", ".join(notes)
     name = wrapped(record.name, small, CELL_PX - int(small.getlength(right)) - 12, 1)[0]
-    lines = wrapped(record.caption or "(empty caption)", font, CELL_PX, TEXT_LINES)
+    lines = wrapped(record.caption[:LABEL_CHARACTERS] or "(empty caption)", font, CELL_PX, TEXT_LINES)
     made = Image.new("RGB", (CELL_PX, 10 + pitch * (len(lines) + 1)), PAPER)
     draw = ImageDraw.Draw(made)
     draw.text((0, 6), name, GREY, small)

@@ -85,4 +85,11 @@ def _explained(command: str) -> str:
 def _run(program: Program, overrides: Sequence[str]) -> None:
     path = str(share() / program.file)
     sys.argv = [path, *overrides]
-    runpy.run_path(path, run_name="__main__")
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except KeyboardInterrupt:
+        print(
+            "stopped; what was encoded or saved so far is kept, and the same command goes on from there",
+            file=sys.stderr,
+        )
+        sys.exit(130)

@@ -37,9 +37,14 @@ OmegaConf.register_new_resolver("share", lambda place: str(share() / place), rep
 def _run_name(dataset: Any) -> str:
     """A run is named after what it trains on: data/demo -> demo, owner/pictures -> pictures, kohya.toml -> kohya."""
     options = typing.cast("dict[str, Any]", OmegaConf.to_container(dataset, resolve=True))
-    first = next((source for source in options.get("sources") or [] if isinstance(source, dict)), {})
+    sources = options.get("sources")
+    first = next((source for source in sources if isinstance(source, dict)), {}) if isinstance(sources, list) else {}
     places = (options.get("import"), options.get("hub"), first.get("folder"), first.get("hub"), options["folder"])
-    place = Path(str(next(filter(None, places)))).expanduser().resolve()
+    named = Path(str(next(filter(None, places), "run")))
+    try:
+        place = named.expanduser().resolve()
+    except (OSError, RuntimeError, ValueError):  # the scan says what is wrong with it
+        place = named
     return place.stem if options.get("import") else place.name
 
 

@@ -50,8 +50,8 @@ def _check_value(name: str, value: Any, limits: Any) -> None:
             raise UserError(f"{name}={value} is not a choice", did_you_mean(str(value), limits["one_of"]))
         return
     low, above, high = limits.get("at_least"), limits.get("above"), limits.get("at_most")
-    too_low = (low is not None and value < low) or (above is not None and value <= above)
-    if too_low or (high is not None and value > high):
+    too_low = (low is not None and not value >= low) or (above is not None and not value > above)  # nan is neither
+    if too_low or (high is not None and not value <= high):
         bounds = [f"at least {low}"] if low is not None else [f"above {above}"] if above is not None else []
         bounds += [f"at most {high}"] if high is not None else []
         raise UserError(f"{name}={value} is out of range", f"give a value of {' and '.join(bounds)}")

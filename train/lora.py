@@ -117,6 +117,8 @@ def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the or
     validation = validation_samples(config, encoder, held_out)
     scene = preview_set(config, encoder, [*held_out, *records])
     prune_cache(config.cache, encoder)
+    if config.loader_workers:
+        encoder.verify()  # an encoder cannot run in a worker, so damage is mended before they start
 
     # 3. The base, quantised and frozen, and the adapter beside its projections.
     transformer = load_frozen(model, config.precision, device)
@@ -183,6 +185,7 @@ def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the or
             latest = look(done) or latest
             bar.update(done, loss=loss, validation=latest, step_s=step_s, peak=peak)
             if due(done, config.checkpoint_every, config.max_steps) or interrupt.signal:
+                encoder.keep()
                 checkpoint = save_checkpoint(run, done, adapter_of(config, family, transformer, records), optimizer)
             if interrupt.signal:
                 break

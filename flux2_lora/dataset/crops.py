@@ -76,6 +76,8 @@ def _place(
     key, seed, number = draw
     stream = generator("crop", seed, key, number)
     x, y = torch.rand(2, generator=stream).tolist() if how == "random" else (0.5, 0.5)
+    left, top, right, bottom = covered(size, bucket, (0, 0))
+    x, y = (x if right < 1 else 0.5), (y if bottom < 1 else 0.5)  # where nothing is cut off, all are one crop
     if mask is None:
         return x, y
     left, top, right, bottom = mask

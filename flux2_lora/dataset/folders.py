@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from flux2_lora.dataset.captions import captions_in, clean, decoded, read_text
-from flux2_lora.dataset.pictures import FOREIGN_SUFFIXES, HEIC_SUFFIXES, SUFFIXES, heic_is_read
+from flux2_lora.dataset.pictures import FILM_SUFFIXES, FOREIGN_SUFFIXES, HEIC_SUFFIXES, SUFFIXES, heic_is_read
 from flux2_lora.dataset.spec import Source
 from flux2_lora.errors import UserError, did_you_mean, listed
 
@@ -26,6 +26,8 @@ VALIDATION = "validation"
 MASK_MARK = "-masklabel"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
+LARGEST_METADATA, MOST_ROWS = 64 << 20, 1_000_000
+"""Bytes of a metadata file, and rows of a parquet one, which may hold many in few bytes."""
 MOST_REPEATS = 200
 """A larger number in front of a folder's name is taken for a year or a part of the name."""
 
@@ -46,11 +48,10 @@ class Entry:
 
 @dataclass
 class Listing:
-    """The entries of a source in the order of their names, what was refused, and what a user should know."""
+    """The entries of a source in the order of their names, and what was refused."""
 
     entries: list[Entry] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 class _RefusedError(Exception):
@@ -141,11 +142,12 @@ def _walk(root: Path, listing: Listing, left_out: set[Path], *, follow_links: bo
 
 def _entry(file: Path, name: str, root: Path, source: Source, told: tuple[str, ...] | None) -> Entry:
     _check_link(file, root, source)
-    if shown(file.name) != file.name:
+    if shown(name) != name:
         raise _RefusedError("its name holds control characters or undecodable bytes")
     kind = file.suffix.lower()
     if kind in FOREIGN_SUFFIXES:
-        raise _RefusedError(f"{kind[1:]} is not read; save it as PNG or JPEG")
+        film = kind in FILM_SUFFIXES
+        raise _RefusedError("a film" if film else f"{kind[1:]} is not read; save it as PNG or JPEG")
     if kind in HEIC_SUFFIXES and not heic_is_read():
         raise _RefusedError("HEIC needs pillow-heif: install flux2-lora[heic]")
     repeats, class_name = _repeats(file, root, source)
@@ -208,7 +210,8 @@ def _mask_of(file: Path, root: Path, source: Source) -> Path | None:
 
 def _sibling(stem: Path) -> Path | None:
     """The picture file of that stem, whatever its suffix."""
-    return next((path for kind in SUFFIXES if (path := stem.with_name(stem.name + kind)).is_file()), None)
+    kinds = (*SUFFIXES, *(suffix.upper() for suffix in SUFFIXES))
+    return next((path for kind in kinds if (path := stem.with_name(stem.name + kind)).is_file()), None)
 
 
 def _check_link(file: Path, root: Path, source: Source, what: str = "") -> None:
@@ -230,6 +233,8 @@ def _metadata(root: Path, files: Sequence[Path], source: Source, listing: Listin
         rows: list[Any] = []
         try:
             _check_link(file, root, source)
+            if file.stat().st_size > LARGEST_METADATA:
+                raise _RefusedError(f"has more than {LARGEST_METADATA:,} bytes")
             rows = _READERS[file.suffix](file)
         except _RefusedError as refused:
             listing.refused.append((name, str(refused)))
@@ -298,7 +303,11 @@ def _csv_rows(file: Path) -> list[Any]:
 def _parquet_rows(file: Path) -> list[Any]:
     from pyarrow import parquet
 
-    return list(parquet.read_table(file).to_pylist())
+    table = parquet.ParquetFile(file)
+    if table.metadata.num_rows > MOST_ROWS:
+        raise _RefusedError(f"has more than {MOST_ROWS:,} rows")
+    plain = [field.name for field in table.schema_arrow if not str(field.type).startswith("struct")]
+    return list(table.read(columns=plain).to_pylist())
 
 
 _READERS: dict[str, Callable[[Path], list[Any]]] = {

@@ -39,12 +39,14 @@ def fetch_hub(name: str, split: str, cache: Path, caption_column: str | None) ->
         columns = listed(list(table.features))
         raise UserError(f"{option} has no column {caption_column}", f"dataset.caption_column is one of: {columns}")
     captions = caption_column or next((column for column in CAPTION_COLUMNS if column in table.features), None)
-    folder = cache / "hub" / digest(name, split)
-    rows = list(_written(table, pictures, captions, folder))
+    folder = cache / "hub" / digest(name, split, captions or "")
+    roots = [cache.resolve(), *([Path(name).expanduser().resolve()] if Path(name).expanduser().is_dir() else [])]
+    rows = list(_written(table, pictures, captions, folder, roots))
+    there = {"metadata.jsonl", *(row["file_name"] for row in rows)}
     for file in folder.iterdir():
-        if file.name not in {row["file_name"] for row in rows}:
-            file.unlink()
-    write_text(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        if file.name not in there and not file.name.startswith("."):
+            file.unlink(missing_ok=True)
+    write_text(folder / "metadata.jsonl", "".join(json.dumps(row, default=str) + "\n" for row in rows))
     return folder
 
 
@@ -67,16 +69,25 @@ def _load(name: str, split: str, cache: Path, option: str) -> Any:
     return table
 
 
-def _written(table: Any, pictures: str, captions: str | None, folder: Path) -> Iterator[dict[str, Any]]:
-    """Write each picture that is not there yet; its row of metadata.jsonl."""
+def _written(
+    table: Any, pictures: str, captions: str | None, folder: Path, roots: list[Path]
+) -> Iterator[dict[str, Any]]:
+    """Write each picture that is not there yet; its row of metadata.jsonl. A path is read below `roots` only."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(table):
         cell = row[pictures] or {}
-        raw = cell.get("bytes") or (Path(cell["path"]).read_bytes() if cell.get("path") else b"")
+        raw = cell.get("bytes") or _read(cell.get("path"), roots)
         file = folder / f"{number:06}-{digest(raw)[:16]}{_suffix(raw)}"
         if not file.is_file() or file.stat().st_size != len(raw):
             write_bytes(file, raw)
         yield {"file_name": file.name} | ({captions: row[captions]} if captions else {})
+
+
+def _read(path: str | None, roots: list[Path]) -> bytes:
+    """The bytes of a picture that a table only names; none where it is absent, or lies where no dataset has files."""
+    file = Path(path or "").resolve()
+    inside = any(file.is_relative_to(root) for root in roots)
+    return file.read_bytes() if inside and file.is_file() else b""
 
 
 def _suffix(raw: bytes) -> str:

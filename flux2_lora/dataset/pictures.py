@@ -25,9 +25,10 @@ from flux2_lora.errors import UserError
 
 HEIC_SUFFIXES = (".heic", ".heif", ".hif")
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", *HEIC_SUFFIXES)
+FILM_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi")
 FOREIGN_SUFFIXES = (
     *(".jxl", ".jp2", ".psd", ".svg", ".tga", ".ico", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf"),
-    *(".mp4", ".mov", ".webm", ".mkv", ".avi"),
+    *FILM_SUFFIXES,
 )
 """Pictures and films that people keep among the others, and that are not read."""
 
@@ -39,6 +40,9 @@ _IN_FLIGHT_PX = 64_000_000
 _STRIP_PX = 4_000_000
 _LARGE, _LARGE_BYTES = threading.RLock(), 32 << 20
 
+Image.MAX_IMAGE_PIXELS = None  # ours is checked first, and may be higher
+# Blocks this large go back to the system when they are freed, and do not stay in the arena of a thread.
+Image.core.set_block_size(64 << 20)  # type: ignore[attr-defined]
 # Pillow's notes on sizes and odd metadata: the limit is ours, and the reasons are too.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -199,8 +203,11 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     strip = max(1, _STRIP_PX // max(1, image.width))
     strips = [slice(top, top + strip) for top in range(0, image.height, strip)]
     top = max((float(np.nan_to_num(values[rows]).max()) for rows in strips), default=0.0)
-    # I;16 says its range; I and F do not, so theirs is the smallest usual one that holds the brightest pixel.
-    white = 65535.0 if image.mode.startswith("I;16") else next((w for w in (1.0, 255.0, 65535.0) if top <= w), top)
+    # I;16 says its range; I and F do not, so theirs is the smallest usual one that holds the brightest pixel, where
+    # floats may shoot over 1 a little.
+    usual = (1.0, 255.0, 65535.0)
+    white = next((w for w in usual if top <= (4 * w if image.mode == "F" and w == 1 else w)), top)
+    white = 65535.0 if image.mode.startswith("I;16") else white
     for rows in strips:
         part = np.nan_to_num(values[rows].astype(np.float64)).clip(0, white)
         scaled[rows] = (part * (255 / white)).round().astype(np.uint8)

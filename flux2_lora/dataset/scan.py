@@ -137,12 +137,25 @@ def scan(spec: DatasetSpec, *, seed: int, step: int, memory: Memory, cache: Path
     if refused[True]:
         names = listed([source.name for source in sources if source.validation])
         raise UserError(f"{names} has unreadable pictures: {_reasons(refused[True])}", "replace or remove them")
-    if not training:
+    if all(record.source.regularisation for record in training):
         raise _nothing_left(sources, refused[False], report)
     if not any(source.validation for source in sources):
         training, validation = hold_out(training, spec.holdout, seed)
-    notes = [*(imported.notes if imported else []), *_notes(found, records)]
+    training, twice = _apart(training, validation)
+    notes = [*(imported.notes if imported else []), *_notes(found, records), *twice]
     return Scan(tuple(training), tuple(validation), tuple(refused[False]), tuple(notes))
+
+
+def _apart(training: list[Record], validation: Sequence[Record]) -> tuple[list[Record], list[str]]:
+    """The training records that are not validated too, and a note; all of them where none would be left."""
+    validated = {record.digest for record in validation}
+    twice = [record.name for record in training if record.digest in validated]
+    left = [record for record in training if record.digest not in validated]
+    if not twice:
+        return training, []
+    if all(record.source.regularisation for record in left):
+        return training, ["every picture is validated with as well: the validation loss says nothing here"]
+    return left, [f"{len(twice)} not trained on, being held out for validation as well: {listed(twice)}"]
 
 
 def hold_out(records: Sequence[Record], part: float, seed: int) -> tuple[list[Record], list[Record]]:
@@ -164,15 +177,18 @@ def hold_out(records: Sequence[Record], part: float, seed: int) -> tuple[list[Re
 
 def preview_prompts(spec: DatasetSpec) -> list[str]:
     """The lines of prompts.txt in the first folder that has one, for previews; empty ones and those with # left out."""
-    specs = [source.folder for source in source_specs(spec, []) if source.folder and not source.regularisation]
-    files = [Path(folder).expanduser() / "prompts.txt" for folder in specs]
-    file = next((file for file in files if file.is_file()), None)
+    imported = read_import(spec.import_).sources if spec.import_ else []
+    specs = [one for one in source_specs(spec, imported) if one.folder and not one.regularisation]
+    files = {Path(one.folder or "").expanduser() / "prompts.txt": one.trigger_word for one in specs}
+    inside = [file for file in files if spec.follow_links or not file.is_symlink()]
+    file = next((file for file in inside if file.is_file()), None)
     try:
         lines = read_text(file).splitlines() if file else []
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read", "write one prompt a line, or set preview.prompts") from error
     prompts = [clean(line) for line in lines if clean(line) and not line.lstrip().startswith("#")]
-    return [prompt.replace(TRIGGER, spec.trigger_word or TRIGGER) for prompt in prompts]
+    word = (files[file] if file else None) or spec.trigger_word or TRIGGER
+    return [prompt.replace(TRIGGER, word) for prompt in prompts]
 
 
 def trigger_words(records: Sequence[Record]) -> str | None:
@@ -189,17 +205,26 @@ def _sources(spec: DatasetSpec, specs: Sequence[SourceSpec], cache: Path) -> lis
         folder = _fetch(source, spec, cache) if source.hub else existing(source.folder or "", name)
         found.append(resolved(spec, source, folder, name))
         held = folder / VALIDATION
-        if held.is_dir() and not source.regularisation and held not in [own.folder for own in found]:
+        held_out = held.is_dir() and (spec.follow_links or not held.is_symlink())
+        if held_out and not source.regularisation and held not in [own.folder for own in found]:
             name = f"{name}/{VALIDATION}"
             found.append(resolved(spec, source, held, name, validation=True))
     if spec.validation:
         name = f"dataset.validation={spec.validation}"
         chosen = SourceSpec(folder=spec.validation)
         found.append(resolved(spec, chosen, existing(spec.validation, name), name, validation=True))
-    for own in found:
-        if own.masks:
-            existing(str(own.masks), f"dataset.masks={own.masks}")
-    return found
+    return [_with_masks(own) for own in found]
+
+
+def _with_masks(source: Source) -> Source:
+    """Check the folder of masks; a validation/ has its own masks/validation where that is there."""
+    if source.masks is None:
+        return source
+    masks = existing(str(source.masks), f"dataset.masks={source.masks}")
+    if masks.resolve() == source.folder.resolve():
+        raise UserError(f"dataset.masks={masks} is the folder of the pictures", "masks lie in a folder of their own")
+    within = masks / VALIDATION
+    return replace(source, masks=within if source.validation and within.is_dir() else masks)
 
 
 def _fetch(source: SourceSpec, spec: DatasetSpec, cache: Path) -> Path:
@@ -229,10 +254,8 @@ def _check_captions(found: Sequence[_Found]) -> None:
 
 
 def _by_source(found: Sequence[_Found]) -> Iterator[tuple[Source, list[_Found]]]:
-    names = dict.fromkeys((one.source.name, one.source.folder) for one in found)
-    for name in names:
-        group = [one for one in found if (one.source.name, one.source.folder) == name]
-        yield group[0].source, group
+    for source in dict.fromkeys(one.source for one in found):
+        yield source, [one for one in found if one.source == source]
 
 
 def _look(
@@ -256,6 +279,8 @@ def _look(
 def _record(spec: DatasetSpec, one: _Found, seen: Seen, mask: Seen | str | None, step: int) -> Record | str:
     """The record, or why there is none."""
     source, size = one.source, (seen.width, seen.height)
+    if not source.resolution:
+        raise UserError(f"{source.name} has no resolution", "set dataset.resolution=1024, or a list of several")
     buckets = buckets_of(*size, source.resolution, step, spec.max_upscale)
     if not buckets:
         return f"{size[0]} x {size[1]} px is too small; dataset.max_upscale={spec.max_upscale:g} is the limit"
@@ -265,7 +290,7 @@ def _record(spec: DatasetSpec, one: _Found, seen: Seen, mask: Seen | str | None,
     orders = 0 if source.validation else source.shuffle_tags
     texts = texts_of(one.entry.captions, trigger=source.trigger_word, orders=orders, keep=source.keep_tags)
     if source.validation:
-        source = replace(source, flip=False)
+        source = replace(source, flip=False, crop_variants=1)
     return Record(
         path=one.entry.path,
         name=one.name,
@@ -274,7 +299,7 @@ def _record(spec: DatasetSpec, one: _Found, seen: Seen, mask: Seen | str | None,
         height=seen.height,
         texts=texts,
         buckets=buckets,
-        repeats=source.repeats * one.entry.repeats,
+        repeats=1 if source.validation else source.repeats * one.entry.repeats,
         source=source,
         mask=kept,
         transparent=seen.box is not None,

@@ -152,8 +152,9 @@ def resolved(spec: DatasetSpec, source: SourceSpec, folder: Path, name: str, *, 
     """`source` with the dataset's options in place of its nulls; its pictures lie in `folder`."""
     own = {entry.name: getattr(source, entry.name) for entry in dataclasses.fields(SourceSpec)}
     options: dict[str, Any] = {key: getattr(spec, key, None) if value is None else value for key, value in own.items()}
+    options["caption_suffixes"] = [f".{suffix.lstrip('.')}" for suffix in options["caption_suffixes"]]
     options |= {key: tuple(value) for key, value in options.items() if isinstance(value, list)}
-    for key in ("folder", "hub", "split", "masks", "trigger_word"):
+    for key in ("folder", "hub", "split", "masks", "trigger_word", "default_caption"):
         del options[key]
     masks = source.masks or spec.masks
     return Source(
@@ -162,6 +163,7 @@ def resolved(spec: DatasetSpec, source: SourceSpec, folder: Path, name: str, *, 
         validation=validation,
         masks=Path(masks).expanduser() if masks else None,
         follow_links=spec.follow_links,
+        default_caption=source.default_caption or (None if source.regularisation else spec.default_caption),
         trigger_word=None if source.regularisation else source.trigger_word or spec.trigger_word,
         **options,
     )

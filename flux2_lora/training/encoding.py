@@ -8,8 +8,10 @@ found damaged, at any time, is made again alone.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -101,6 +103,12 @@ class Encoder:
     def healed(self) -> int:
         """How many damaged entries were met, and made again."""
         return self.latents.healed + self.texts.healed
+
+    def keep(self) -> None:
+        """Tell other runs that every entry of this one is in use, however long its epochs are."""
+        for path in self.entries():
+            with suppress(OSError):
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
     def entries(self) -> set[Path]:
         """The files of everything that was encoded or found here."""

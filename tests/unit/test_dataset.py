@@ -392,3 +392,59 @@ def test_preview_prompts_are_lines_without_comments_and_with_the_trigger_word(tm
 
 def test_a_home_of_nobody_is_one_line() -> None:
     assert "cannot be opened" in error_of(lambda: scanned(spec(Path("~nobody-here/pictures")))).what
+
+
+def test_a_picture_of_the_validation_folder_is_not_trained_on_under_any_name(tmp_path: Path) -> None:
+    picture(tmp_path / "p/a.png")
+    picture(tmp_path / "p/copy.png", colour="blue")
+    picture(tmp_path / "p/validation/b.png", colour="blue")
+    found = scanned(spec(tmp_path / "p"))
+    assert [record.name for record in found.training] == ["a.png"]
+    assert found.notes == ("1 not trained on, being held out for validation as well: copy.png",)
+
+
+def test_a_validation_set_that_is_the_training_set_is_said(tmp_path: Path) -> None:
+    picture(tmp_path / "p/a.png")
+    found = scanned(spec(tmp_path / "p", validation=str(tmp_path / "p")))
+    assert found.notes == ("every picture is validated with as well: the validation loss says nothing here",)
+
+
+def test_pictures_for_regularisation_are_no_training_set(tmp_path: Path) -> None:
+    picture(tmp_path / "mine/a.png").write_bytes(b"no")
+    picture(tmp_path / "class/a.png")
+    error = error_of(lambda: scanned(spec(tmp_path / "mine", regularisation=str(tmp_path / "class"))))
+    assert "none can be used" in error.what
+
+
+def test_the_default_caption_is_not_for_regularisation(tmp_path: Path) -> None:
+    picture(tmp_path / "mine/a.png", None)
+    picture(tmp_path / "class/a.png", None)
+    options = {"regularisation": str(tmp_path / "class"), "default_caption": "in mystyle"}
+    assert "1 have no caption" in error_of(lambda: scanned(spec(tmp_path / "mine", **options))).what
+
+
+def test_each_source_is_asked_for_its_own_trigger_word(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", "a [trigger] cat")
+    sources = [SourceSpec(folder=str(tmp_path), trigger_word="sks"), SourceSpec(folder=str(tmp_path))]
+    error = error_of(lambda: scanned(DatasetSpec(folder=bundled_folder(), sources=sources)))
+    assert "dataset.trigger_word is not set" in error.what
+
+
+def test_a_linked_validation_folder_is_not_read(tmp_path: Path) -> None:
+    picture(tmp_path / "secret/s.png")
+    picture(tmp_path / "p/a.png")
+    (tmp_path / "p/validation").symlink_to(tmp_path / "secret")
+    found = scanned(spec(tmp_path / "p"))
+    assert found.validation == ()
+    assert [name for name, _ in found.skipped] == ["validation/"]
+
+
+def test_masks_are_not_the_pictures_themselves(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    error = error_of(lambda: scanned(spec(tmp_path, masks=str(tmp_path))))
+    assert error.what.endswith("is the folder of the pictures")
+
+
+@pytest.mark.parametrize("options", [{"holdout": float("nan")}, {"max_upscale": float("nan")}])
+def test_no_limit_is_met_by_what_is_no_number(options: dict[str, Any]) -> None:
+    assert "is out of range" in error_of(lambda: check(DatasetSpec(folder="x", **options), "dataset.")).what

@@ -121,3 +121,16 @@ def test_a_dataset_without_pictures_says_its_columns(here: Path) -> None:
 
 def test_an_unknown_dataset_is_one_line(here: Path) -> None:
     assert error_of(lambda: seen(Path("nobody/nothing"))).what.startswith("dataset.hub=nobody/nothing (split train)")
+
+
+def test_a_table_cannot_name_files_outside(here: Path) -> None:
+    import datasets
+
+    secret = picture(here / "secret.png", None)
+    features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
+    rows = {"image": [{"bytes": None, "path": str(secret)}], "text": ["x"]}
+    (here / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features).to_parquet(here / "set/train.parquet")
+    error_of(lambda: seen(here / "set"))
+    cached = list((here / "cache/hub").rglob("*.png"))
+    assert all(path.read_bytes() != secret.read_bytes() for path in cached)

@@ -273,3 +273,8 @@ def test_a_mask_is_cropped_as_its_picture_is() -> None:
 def test_a_painted_mask_counts_transparency_as_black(tmp_path: Path) -> None:
     Image.fromarray(np.array([[[255, 255, 255, 0], [255, 255, 255, 255]]], dtype=np.uint8)).save(tmp_path / "m.png")
     assert np.asarray(open_mask(tmp_path / "m.png")).tolist() == [[0, 255]]
+
+
+def test_floats_that_shoot_over_a_little_stay_bright(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 0.2, 1.01]], dtype=np.float32)).save(tmp_path / "a.tiff")
+    assert np.asarray(open_picture(tmp_path / "a.tiff").image)[0, :, 0].tolist() == [0, 51, 255]
