@@ -89,3 +89,16 @@ def test_the_exit_code_of_a_program_is_that_of_the_command(share: Path) -> None:
 @pytest.mark.parametrize("name", cli.PROGRAMS)
 def test_every_command_has_its_program(name: str) -> None:
     assert (bundled.share() / cli.PROGRAMS[name].file).is_file()
+
+
+def test_an_interrupted_program_says_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("runpy.run_path", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["prepare"])
+    assert stopped.value.code == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
