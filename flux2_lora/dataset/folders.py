@@ -177,7 +177,7 @@ def _repeats(file: Path, root: Path, source: Source) -> tuple[int, str | None]:
 
 def _captions_beside(file: Path, root: Path, source: Source) -> tuple[str, ...]:
     """The captions of the first caption file of the same stem that is not blank."""
-    for suffix in source.caption_suffixes:
+    for suffix in [kind for written in source.caption_suffixes for kind in (written, written.upper())]:
         beside = file.with_suffix(suffix)
         if not beside.is_file():
             continue
@@ -256,6 +256,10 @@ def _row(row: Any, folder: Path, root: Path, source: Source) -> tuple[Path, tupl
         raise _RefusedError("it has no file_name")
     picture = _inside(row["file_name"], folder, root, source)
     column = source.caption_column or next((name for name in CAPTION_COLUMNS if name in row), None)
+    told = [name for name, value in row.items() if name != "file_name" and isinstance(value, str | list)]
+    if (column is None and told) or (source.caption_column and source.caption_column not in row):
+        named = listed([str(name) for name in told]) or "none but file_name"
+        raise _RefusedError(f"has the columns {named}; dataset.caption_column names that of the captions")
     value = row.get(column) if column else None
     texts = value if isinstance(value, list | tuple) else [value]
     captions = tuple(clean(text) for text in texts if isinstance(text, str) and clean(text))

@@ -130,13 +130,16 @@ def scan(spec: DatasetSpec, *, seed: int, step: int, memory: Memory, cache: Path
             raise UserError(
                 f"{source.name} holds no pictures{contents(source.folder)}", f"put {suffixes()} files there"
             )
-    _check_captions(found)
+    _check_captions(found, refused[False], report)
     records = _look(spec, found, step, memory, refused)
     training = [record for record in records if not record.source.validation]
     validation = [record for record in records if record.source.validation]
     if refused[True]:
         names = listed([source.name for source in sources if source.validation])
-        raise UserError(f"{names} has unreadable pictures: {_reasons(refused[True])}", "replace or remove them")
+        raise UserError(
+            f"{names} has unreadable pictures: {_reasons(refused[True])}{_all_in(report, refused[True])}",
+            "replace or remove them",
+        )
     if all(record.source.regularisation for record in training):
         raise _nothing_left(sources, refused[False], report)
     if not any(source.validation for source in sources):
@@ -233,7 +236,7 @@ def _fetch(source: SourceSpec, spec: DatasetSpec, cache: Path) -> Path:
     return fetch_hub(source.hub or "", source.split, cache, source.caption_column or spec.caption_column)
 
 
-def _check_captions(found: Sequence[_Found]) -> None:
+def _check_captions(found: Sequence[_Found], refused: Sequence[Refusal], report: Path) -> None:
     """UserError where a picture has no caption, or needs a trigger word that is not set.
 
     Before pictures are decoded: captions are read in no time, and are what most users have to mend.
@@ -241,9 +244,11 @@ def _check_captions(found: Sequence[_Found]) -> None:
     for source, group in _by_source(found):
         bare = [one for one in group if not one.entry.captions]
         if bare:
+            missing = [(one.name, "has no caption") for one in bare]
+            metadata = [f"; {name} {reason}" for name, reason in refused if name.startswith("metadata.")][:1]
             raise UserError(
                 f"{source.name} holds {len(group)} images but {len(bare)} have no caption: "
-                f"{listed([one.name for one in bare])}",
+                f"{listed([one.name for one in bare])}{''.join(metadata)}{_all_in(report, [*missing, *refused])}",
                 f"write {bare[0].entry.path.with_suffix('.txt').name} beside the image, or set "
                 'dataset.default_caption="a photo in mystyle"',
             )
@@ -339,12 +344,18 @@ def _notes(found: Sequence[_Found], records: Sequence[Record]) -> list[str]:
 def _nothing_left(sources: Sequence[Source], refused: Sequence[Refusal], report: Path) -> UserError:
     where = listed([source.name for source in sources if not source.validation], 2)
     what = f"{where} holds {len(refused)} images but none can be used: {_reasons(refused)}"
-    if len(refused) > 5:
-        _write_refusals(report, refused)
-        what += f"; the full list is in {report}"
+    what += _all_in(report, refused)
     return UserError(
         what, "save them again as PNG or JPEG; where a reason names an option, that is the limit to change"
     )
+
+
+def _all_in(report: Path, refused: Sequence[Refusal]) -> str:
+    """Where a message cannot name them all: write the full list, and say where."""
+    if len(refused) <= 5:
+        return ""
+    _write_refusals(report, refused)
+    return f"; the full list is in {report}"
 
 
 def _reasons(refused: Sequence[Refusal]) -> str:

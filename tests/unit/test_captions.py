@@ -110,7 +110,8 @@ def test_a_missing_caption_names_the_pictures_and_the_remedy(tmp_path: Path) -> 
         picture(tmp_path / f"{number}.png", None if number else "there")
     error = error_of(lambda: scanned(spec(tmp_path)))
     listed = "1.png, 2.png, 3.png, 4.png, 5.png and 1 more"
-    assert error.what == f"dataset.folder={tmp_path} holds 7 images but 6 have no caption: {listed}"
+    wanted = f"dataset.folder={tmp_path} holds 7 images but 6 have no caption: {listed}"
+    assert error.what == f"{wanted}; the full list is in {tmp_path.parent}/skipped.txt"
     assert error.remedy == 'write 1.txt beside the image, or set dataset.default_caption="a photo in mystyle"'
 
 

@@ -448,3 +448,10 @@ def test_masks_are_not_the_pictures_themselves(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"holdout": float("nan")}, {"max_upscale": float("nan")}])
 def test_no_limit_is_met_by_what_is_no_number(options: dict[str, Any]) -> None:
     assert "is out of range" in error_of(lambda: check(DatasetSpec(folder="x", **options), "dataset.")).what
+
+
+def test_many_missing_captions_are_written_to_the_list(tmp_path: Path) -> None:
+    for number in range(7):
+        picture(tmp_path / f"p/{number}.png", None)
+    assert error_of(lambda: scanned(spec(tmp_path / "p"))).what.endswith(f"the full list is in {tmp_path}/skipped.txt")
+    assert (tmp_path / "skipped.txt").read_text().splitlines()[6] == "6.png: has no caption"

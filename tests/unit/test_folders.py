@@ -367,3 +367,18 @@ def test_a_shown_name_is_one_printable_line(name: str) -> None:
 
 def test_a_missing_folder_with_a_hostile_name_is_one_line() -> None:
     error_of(lambda: scanned(spec(Path("no\nwhere\x00"))))
+
+
+def test_metadata_whose_caption_column_is_not_known_says_which_there_are(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", None)
+    metadata(tmp_path, {"file_name": "a.png", "description": "told"})
+    error = error_of(lambda: records(tmp_path))
+    reason = "metadata.jsonl row 1 has the columns description; dataset.caption_column names that of the captions"
+    assert error.what.endswith(f"1 have no caption: a.png; {reason}")
+    assert captions(tmp_path, caption_column="description") == ["told"]
+
+
+def test_a_caption_file_may_be_written_in_capitals(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", None)
+    (tmp_path / "a.TXT").write_text("loud")
+    assert captions(tmp_path) == ["loud"]
