@@ -40,7 +40,11 @@ def fetch_hub(name: str, split: str, cache: Path, caption_column: str | None) ->
         raise UserError(f"{option} has no column {caption_column}", f"dataset.caption_column is one of: {columns}")
     captions = caption_column or next((column for column in CAPTION_COLUMNS if column in table.features), None)
     folder = cache / "hub" / digest(name, split, captions or "")
-    roots = [cache.resolve(), *([Path(name).expanduser().resolve()] if Path(name).expanduser().is_dir() else [])]
+    roots = [
+        cache.resolve(),
+        _hub_cache(),
+        *([Path(name).expanduser().resolve()] if Path(name).expanduser().is_dir() else []),
+    ]
     rows = list(_written(table, pictures, captions, folder, roots))
     there = {"metadata.jsonl", *(row["file_name"] for row in rows)}
     for file in folder.iterdir():
@@ -48,6 +52,13 @@ def fetch_hub(name: str, split: str, cache: Path, caption_column: str | None) ->
             file.unlink(missing_ok=True)
     write_text(folder / "metadata.jsonl", "".join(json.dumps(row, default=str) + "\n" for row in rows))
     return folder
+
+
+def _hub_cache() -> Path:
+    """Where the hub's own client keeps files that it fetched."""
+    import datasets
+
+    return Path(datasets.config.HF_CACHE_HOME).expanduser().resolve()
 
 
 def _load(name: str, split: str, cache: Path, option: str) -> Any:

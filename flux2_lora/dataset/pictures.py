@@ -24,7 +24,21 @@ from torch import Tensor
 from flux2_lora.errors import UserError
 
 HEIC_SUFFIXES = (".heic", ".heif", ".hif")
-SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", *HEIC_SUFFIXES)
+SUFFIXES = (
+    ".png",
+    ".apng",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".jpe",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".avif",
+    *HEIC_SUFFIXES,
+)
 FILM_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi")
 FOREIGN_SUFFIXES = (
     *(".jxl", ".jp2", ".psd", ".svg", ".tga", ".ico", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf"),

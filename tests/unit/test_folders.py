@@ -382,3 +382,8 @@ def test_a_caption_file_may_be_written_in_capitals(tmp_path: Path) -> None:
     picture(tmp_path / "a.png", None)
     (tmp_path / "a.TXT").write_text("loud")
     assert captions(tmp_path) == ["loud"]
+
+
+def test_a_name_as_long_as_the_file_system_takes_is_read(tmp_path: Path) -> None:
+    picture(tmp_path / f"{'n' * 245}.png", None)
+    assert captions(tmp_path, default_caption="x") == ["x"]
