@@ -88,9 +88,8 @@ class Scan:
         lines = list(self.notes)
         if self.skipped:
             _write_refusals(file, self.skipped)
-            more = f" and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""
             lines += [f"skipped {name}: {reason}" for name, reason in self.skipped[:5]]
-            lines.append(f"{len(self.skipped)} skipped in all{more and ', the full list is'} in {file}")
+            lines.append(f"{len(self.skipped)} skipped in all, the full list is in {file}")
         else:
             file.unlink(missing_ok=True)  # of an earlier run
         return lines
