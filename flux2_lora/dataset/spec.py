@@ -23,7 +23,7 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSpec:
-    """One set of pictures: a `folder`, or a dataset of the hub (`hub`, its `split`). Options that are null are the dataset's.
+    """One set of pictures: a `folder`, or a dataset of the hub (`hub`, its `split`). Null means the dataset's own.
 
     repeats: how often each picture is seen in an epoch, times what kohya's folder names say (10_name) where
     named_repeats; weight: what its loss is multiplied by; regularisation: pictures of the class in general, which are
