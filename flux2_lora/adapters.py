@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -36,16 +37,21 @@ WEIGHTS = "adapter.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSpec:
-    """rank of B A; alpha (scale is alpha / rank; null means alpha = rank); groups as flux2_lora.targets reads them."""
+    """rank of B A; alpha (scale is alpha / rank; null means alpha = rank); groups as flux2_lora.targets reads them.
+
+    rank_stabilised: the scale is alpha / sqrt(rank) instead. Kalajdzievski 2023 (arXiv:2312.03732).
+    """
 
     rank: int = option(16, at_least=1, at_most=1024)
     alpha: float | None = option(None, above=0)
+    rank_stabilised: bool = False
     targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])
 
     @property
     def scale(self) -> float:
         """What B A is multiplied by."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +106,25 @@ def lora_layers(transformer: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             yield path, module
 
 
-def trainable(transformer: nn.Module) -> list[nn.Parameter]:
-    """The adapters' parameters: everything that asks for a gradient."""
-    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+def trainable(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of the adapters: everything that asks for a gradient, in the model's order."""
+    return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+
+
+@contextmanager
+def switched_off(transformer: nn.Module) -> Iterator[None]:
+    """While active, the transformer is the base, bit for bit. Not to be entered between a forward and its backward."""
+    layers = [layer for _, layer in lora_layers(transformer)]
+    training = {id(parameter) for parameter in trainable(transformer).values()}
+    for layer in layers:
+        layer.enable_adapters(enabled=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(enabled=True)
+        for parameter in transformer.parameters():  # PEFT would have every adapter trained from here on
+            parameter.requires_grad_(id(parameter) in training)
 
 
 def set_strengths(transformer: nn.Module, strengths: Mapping[str, float]) -> None:

@@ -1,4 +1,6 @@
-"""Work done ahead of its use, in threads: decoding the next pictures while the present one is encoded."""
+"""Work done ahead of its use, in threads: decoding the next pictures while the present one is encoded, the next batches
+while the present one is trained on.
+"""
 
 from __future__ import annotations
 
@@ -32,5 +34,21 @@ def ahead(make: Callable[[Item], Made], items: Sequence[Item], workers: int | No
             done = waiting.popleft().result()
             waiting.extend(pool.submit(make, item) for item in islice(rest, 1))
             yield done
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def running_ahead(items: Iterator[Made], by: int = 2) -> Iterator[Made]:
+    """The same items in the same order, made up to `by` ahead of their use by one thread."""
+    pool, end = ThreadPoolExecutor(1), object()
+
+    def following() -> Made | object:
+        return next(items, end)
+
+    waiting = deque(pool.submit(following) for _ in range(by))
+    try:
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(following))
+            yield item  # type: ignore[misc]
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to meet: what is wrong, and what to do about it."""
+"""The two exceptions that a user is meant to meet: what is wrong, and what to do about it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ class UserError(Exception):
 
     Programs print both lines, write nothing and exit with code 2.
     """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"error: {self.what}\n  hint: {self.remedy}"
+
+
+class RunError(Exception):
+    """A run that cannot go on, though nothing was wrong with its options. Programs print both lines and exit with 1."""
 
     def __init__(self, what: str, remedy: str) -> None:
         super().__init__(what)

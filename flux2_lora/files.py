@@ -5,21 +5,46 @@ Law: a reader never sees half of a file. Everything is written beside its place,
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from flux2_lora.errors import RunError
+
+
+@contextmanager
+def room_for(path: Path, size: int) -> Iterator[None]:
+    """A disk that is full, or a quota that is used up, while `size` bytes are written to `path` becomes a RunError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise RunError(
+            f"the disk is full: {path} needs {size:,} bytes, {free:,} are free",
+            "free some space and run the same command again; what was written before is intact",
+        ) from error
+
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write atomically; creates parent folders. durable: safe from a power cut too, and slower."""
+    with room_for(path, len(content)):
+        _write_bytes(path, content, durable=durable)
+
+
+def _write_bytes(path: Path, content: bytes, *, durable: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -54,9 +79,21 @@ def write_text(path: Path, content: str) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, durable: bool = True
 ) -> None:
-    """A safetensors file, written as by `write_bytes`."""
+    """A safetensors file, written as by `write_bytes`; the same tensors and metadata give the same bytes."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(contiguous, metadata=dict(metadata or {})), durable=durable)
+    write_bytes(path, _ordered(save(contiguous, metadata=dict(metadata or {}))), durable=durable)
+
+
+def _ordered(raw: bytes) -> bytes:
+    """A safetensors file with its metadata in alphabetical order; the library leaves it in that of a hash map."""
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    if len(header.get("__metadata__", {})) < 2:
+        return raw
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + raw[8 + size :]
 
 
 def digest(*parts: bytes | str) -> str:

@@ -14,18 +14,50 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from flux2_lora.options import option
 
 # FLUX.1 trained with mu linear in the number of packed tokens; FLUX.2's authors confirm it for fine-tuning.
 _TOKENS, _MU = (256, 4096), (0.5, 1.15)
 
 
+WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TimestepSpec:
-    """Density of noise levels in training: sigma = sigmoid(N(mean, std)), then moved by the model's shift."""
+    """Density of noise levels in training: of sigmoid(N(mean, std)), or uniform; then moved by the model's shift.
 
+    min_sigma, max_sigma: the density is cut to this range, after the shift, and keeps its form inside.
+    """
+
+    density: str = option("logit_normal", one_of=("logit_normal", "uniform"))
     mean: float = 0.0
-    std: float = 1.0
+    std: float = option(1.0, above=0)
     shift: bool = True
+    min_sigma: float = option(0.0, at_least=0, at_most=1)
+    max_sigma: float = option(1.0, above=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """kind: mse or huber, which is linear beyond huber_delta; weighting: of noise levels, see `loss_weights`.
+
+    preserve: weight of differential output preservation, 0 for none: the adapted model is held to the base's velocity
+    on captions that say preserve_class where they said the trigger word.
+    """
+
+    kind: str = option("mse", one_of=("mse", "huber"))
+    huber_delta: float = option(1.0, above=0)
+    weighting: str = option("none", one_of=WEIGHTINGS)
+    preserve: float = option(0.0, at_least=0)
+    preserve_class: str = "picture"
+
+    @property
+    def delta(self) -> float | None:
+        """Where the loss turns linear, None for never."""
+        return self.huber_delta if self.kind == "huber" else None
 
 
 def generator(*key: int | str) -> torch.Generator:
@@ -51,8 +83,40 @@ def shift_sigmas(sigmas: Tensor, mu: float) -> Tensor:
 
 def draw_sigma(spec: TimestepSpec, mu: float, stream: torch.Generator) -> float:
     """One noise level in (0, 1) from the density of `spec`, shifted by mu where the spec says so."""
-    sigma = torch.sigmoid(spec.mean + spec.std * torch.randn(1, generator=stream))
-    return float(shift_sigmas(sigma, mu) if spec.shift else sigma)
+    low, high = (part_below(spec, mu, sigma) for sigma in (spec.min_sigma, spec.max_sigma))
+    part = torch.special.ndtr(torch.randn(1, generator=stream).double())
+    return float(sigma_above(spec, mu, low + (high - low) * part))
+
+
+def sigma_above(spec: TimestepSpec, mu: float, parts: Tensor) -> Tensor:
+    """The noise levels that have `parts` [n] in (0, 1) of the density, not yet cut to a range, below them."""
+    parts = parts.double()
+    logits = spec.mean + spec.std * torch.special.ndtri(parts)
+    sigmas = torch.sigmoid(logits) if spec.density == "logit_normal" else parts
+    return shift_sigmas(sigmas, mu) if spec.shift else sigmas
+
+
+def part_below(spec: TimestepSpec, mu: float, sigma: float) -> float:
+    """The part of the density, not yet cut to a range, that lies below sigma: the inverse of `sigma_above`."""
+    level = torch.tensor(sigma, dtype=torch.float64)
+    if spec.shift:
+        level = shift_sigmas(level, -mu)
+    if spec.density == "uniform":
+        return float(level)
+    return float(torch.special.ndtr((torch.logit(level) - spec.mean) / spec.std))
+
+
+def loss_weights(weighting: str, sigmas: Tensor) -> Tensor:
+    """What the squared error at each noise level counts, [b] -> [b].
+
+    none: 1; sigma_sqrt: sigma^-2; cosmap: 2 / (pi (1 - 2 sigma + 2 sigma^2)). Esser et al. 2024 (arXiv:2403.03206),
+    section 3.1, under the names that SD3's trainers gave them.
+    """
+    if weighting == "sigma_sqrt":
+        return sigmas.square().reciprocal()
+    if weighting == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas.square()))
+    return torch.ones_like(sigmas)
 
 
 def mix(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
@@ -61,12 +125,18 @@ def mix(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     return (1 - level) * latents + level * noise
 
 
-def velocity_error(predicted: Tensor, latents: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error to noise - latents for every sample, in float32. [b c h w] x 3 -> [b].
+def velocity_error(
+    predicted: Tensor, target: Tensor, mask: Tensor | None = None, *, delta: float | None = None
+) -> Tensor:
+    """Mean squared error of every sample, in float32, to its target, noise - latents. [b c h w] x 2 -> [b].
 
-    mask: [b 1 h w], what each place counts; its own scale does not matter, and a mask of zeros gives 0.
+    mask: [b 1 h w], what each place counts; its own scale does not matter, and a mask of zeros gives 0. delta: errors
+    beyond it count linearly, with the slope at it (Huber 1964).
     """
-    error = (predicted.float() - (noise - latents).float()).square()
+    if delta is None:
+        error = (predicted.float() - target.float()).square()
+    else:
+        error = 2 * F.huber_loss(predicted.float(), target.float(), reduction="none", delta=delta)
     if mask is None:
         return error.mean(dim=(1, 2, 3))
     total = mask.sum(dim=(1, 2, 3)).clamp_min(1e-6)

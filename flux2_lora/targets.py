@@ -4,10 +4,10 @@
     double   single                  by block, all kinds
     single[5:10]   double[:4]        a range of blocks, counted from 0, end excluded, as Python counts
     single[5:10].attention           both
-    attention:32                     any of these with a rank of its own
+    attention:32                     any of these with a number of its own: a rank, or a factor of the rate
 
-Law: a list names the union of its entries; where two entries name one module, the later entry's rank holds. FLUX fuses
-some attention and MLP projections in its single blocks: these belong to both kinds.
+Law: a list names the union of its entries; where two entries name one module, the later entry's number holds. FLUX
+fuses some attention and MLP projections in its single blocks: these belong to both kinds.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from flux2_lora.keys import is_target, kinds_of
 _BLOCKS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
 _KINDS = ("attention", "mlp")
 _ENTRY = re.compile(
-    r"(?:(?P<blocks>[a-z]+)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?)?(?:(?:^|\.)(?P<kind>[a-z]+))?(?::(?P<rank>\d+))?"
+    r"(?:(?P<blocks>[a-z]+)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?)?(?:(?:^|\.)(?P<kind>[a-z]+))?(?::(?P<number>\d+(?:\.\d*)?))?"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One entry. blocks: None for all; kind: None for both; rank: None for adapter.rank."""
+    """One entry. blocks: None for all; kind: None for both; number: None where the entry gives none."""
 
     blocks: str | None = None
     start: int = 0
     stop: int | None = None
     kind: str | None = None
-    rank: int | None = None
+    number: float | None = None
 
     def holds(self, architecture: str, module: str) -> bool:
         """Whether this entry names a Diffusers module."""
@@ -46,7 +46,7 @@ class Target:
         return self.kind is None or self.kind in kinds_of(architecture, module)
 
 
-def parse(entry: str) -> Target:
+def parse(entry: str, option: str = "adapter.targets") -> Target:
     """Read one entry; UserError that says what is wrong with it."""
     found = _ENTRY.fullmatch(entry.replace(" ", ""))
     words = [found["blocks"], found["kind"]] if found else []
@@ -57,14 +57,20 @@ def parse(entry: str) -> Target:
     if found is None or unknown or (blocks is None and (ranged or kind is None)):
         wrong = unknown[0] if unknown else entry
         raise UserError(
-            f"adapter.targets names {entry!r}, which is no group of projections",
+            f"{option} names {entry!r}, which is no group of projections",
             did_you_mean(wrong, [*_KINDS, *_BLOCKS]) + "; ranges are written single[5:10], ranks attention:32",
         )
-    rank = int(found["rank"]) if found["rank"] else None
-    if rank is not None and not 1 <= rank <= 1024:
-        raise UserError(f"adapter.targets names {entry!r} with a rank out of range", "give a rank from 1 to 1024")
+    number = float(found["number"]) if found["number"] else None
     stop = int(found["stop"]) if found["stop"] else None
-    return Target(blocks=blocks, start=int(found["start"] or 0), stop=stop, kind=kind, rank=rank)
+    return Target(blocks=blocks, start=int(found["start"] or 0), stop=stop, kind=kind, number=number)
+
+
+def parse_ranked(entry: str) -> Target:
+    """Read one entry whose number, if it has one, is a rank."""
+    target = parse(entry)
+    if target.number is not None and not (1 <= target.number <= 1024 and target.number.is_integer()):
+        raise UserError(f"adapter.targets names {entry!r} with a rank out of range", "give a rank from 1 to 1024")
+    return target
 
 
 def resolve(entries: Sequence[str], architecture: str, modules: Iterable[str], rank: int) -> dict[str, int]:
@@ -74,10 +80,23 @@ def resolve(entries: Sequence[str], architecture: str, modules: Iterable[str], r
     """
     if not entries:
         raise UserError("adapter.targets=[] leaves nothing to train", "use adapter.targets=[attention,mlp]")
-    targetable = [module for module in modules if is_target(architecture, module)]
-    ranks: dict[str, int] = {}
     for entry in entries:
-        target = parse(entry)
+        parse_ranked(entry)
+    numbers = numbers_of(entries, architecture, modules, option="adapter.targets")
+    return {module: rank if number is None else int(number) for module, number in numbers.items()}
+
+
+def numbers_of(
+    entries: Sequence[str], architecture: str, modules: Iterable[str], *, option: str
+) -> dict[str, float | None]:
+    """Module -> the number of the last entry that names it, for all modules that entries name, in their order.
+
+    UserError for an entry that names none.
+    """
+    targetable = list(dict.fromkeys(module for module in modules if is_target(architecture, module)))
+    numbers: dict[str, float | None] = {}
+    for entry in entries:
+        target = parse(entry, option)
         named = [module for module in targetable if target.holds(architecture, module)]
         if not named:
             counts = {
@@ -85,8 +104,8 @@ def resolve(entries: Sequence[str], architecture: str, modules: Iterable[str], r
                 for word, stack in _BLOCKS.items()
             }
             raise UserError(
-                f"adapter.targets names {entry!r}, but the model has no such block",
+                f"{option} names {entry!r}, but the model has no such block",
                 f"it has {counts['double']} double and {counts['single']} single blocks, counted from 0",
             )
-        ranks |= dict.fromkeys(named, target.rank or rank)
-    return {module: ranks[module] for module in targetable if module in ranks}
+        numbers |= dict.fromkeys(named, target.number)
+    return {module: numbers[module] for module in targetable if module in numbers}

@@ -412,7 +412,7 @@ def train_transformer(work: Path, steps: int) -> None:
         noise = torch.randn(latents[index].shape, generator=generator)
         noisy = mix(latents[index], noise, sigmas)
         predicted = FAMILY.velocity(both["transformer"], noisy, sigmas, Conditioning(embeds=embeds))
-        return velocity_error(predicted, latents[index], noise).mean()
+        return velocity_error(predicted, noise - latents[index]).mean()
 
     def loss_at(generator: torch.Generator) -> Tensor:
         index = training[torch.randint(len(training), (32,), generator=generator)]

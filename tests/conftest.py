@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,10 @@ from torch import nn
 from flux2_lora import cli
 from flux2_lora.bundled import share
 from flux2_lora.families import Model, ModelFamily, ModelSpec, load_family, open_model
+from flux2_lora.flow import TimestepSpec
 from flux2_lora.networks.transformers import block_linears
 from flux2_lora.quantize import FrozenLinear
+from flux2_lora.training.step import Batch, Draws, Sample, share_of
 from flux2_lora.weights import Stored
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -76,6 +78,12 @@ def transformer() -> nn.Module:
 def tiny_model(tiny: Path) -> Model:
     """The bundled model, opened."""
     return open_model(ModelSpec(family="flux2_small", path=str(tiny), title="tiny", architecture_name="tiny"))
+
+
+def drawn(family: ModelFamily, samples: Sequence[Sample], step: int = 0) -> Batch:
+    """The samples as a batch of step `step`, under seed 0 and the usual density."""
+    share = share_of([(place, 0) for place in range(len(samples))], rank=0, processes=1)
+    return Draws(family=family, density=TimestepSpec(), seed=0).of(samples, share, step)
 
 
 def quantised(transformer: nn.Module, kind: str = "fp8") -> nn.Module:

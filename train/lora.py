@@ -2,6 +2,8 @@
 
     flux2-lora train                                                     the embedded demo
     flux2-lora train dataset.folder=~/pictures/mine dataset.trigger_word=mystyle name=mine
+    torchrun --nproc-per-node 2 -m flux2_lora train ...                  two GPUs
+    flux2-lora train --multirun adapter.rank=8,16 seed=0,1               four runs and a sheet that compares them
 
 A flow model predicts the velocity that leads from a picture to noise. The run freezes such a model in FP8, puts a small
 low-rank update B A beside every attention and MLP projection, and moves only those numbers, until the velocity on your
@@ -12,54 +14,97 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
+import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import nn
 
-from flux2_lora.adapters import Adapter, AdapterSpec, attach, state_of, trainable
+from flux2_lora.adapters import Adapter, AdapterSpec, attach, trainable
 from flux2_lora.buckets import batches_between, bucket_for
 from flux2_lora.caches import CacheSpec
 from flux2_lora.config import changed_options, program, read_resolved, save_resolved
 from flux2_lora.dataset import DatasetSpec, Record, preview_prompts, scan, trigger_words
 from flux2_lora.dataset.pictures import crop_to, open_picture
 from flux2_lora.dataset.seen import Memory
+from flux2_lora.dataset.spec import bundled_folder
 from flux2_lora.devices import pick_device
-from flux2_lora.errors import UserError, listed
+from flux2_lora.errors import RunError, UserError, listed
 from flux2_lora.export import export_universal, header, table
-from flux2_lora.families import ModelFamily, ModelSpec, load_family, open_model
-from flux2_lora.flow import TimestepSpec
+from flux2_lora.families import Model, ModelFamily, ModelSpec, load_family, open_model
+from flux2_lora.flow import LossSpec, TimestepSpec
+from flux2_lora.inference.own import own_samples
 from flux2_lora.inference.pictures import to_pictures
 from flux2_lora.inference.previews import Previewer, PreviewSet, PreviewSpec
+from flux2_lora.inference.watch import Watch, due, open_watch
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec, load_frozen, stored_bytes
-from flux2_lora.targets import parse, resolve
-from flux2_lora.training.encoding import CachedSamples, Encoder, encode_samples, prune_cache, texts_of
+from flux2_lora.targets import numbers_of, parse_ranked, resolve
+from flux2_lora.training.averaging import Ema
+from flux2_lora.training.checks import Subject, probe, run_checks, velocity
+from flux2_lora.training.claim import claimed
+from flux2_lora.training.encoding import (
+    CachedSamples,
+    Encoder,
+    data_digest,
+    encode_samples,
+    prune_cache,
+    texts_of,
+)
 from flux2_lora.training.interrupt import Interrupt
 from flux2_lora.training.memory import MemorySpec, compile_blocks
-from flux2_lora.training.optimizers import OptimizerSpec, learning_rate, make_optimizer
-from flux2_lora.training.state import Checkpoint, latest_checkpoint, open_checkpoint, restore, save_checkpoint
-from flux2_lora.training.step import Batch, Sample, batches, training_loss
+from flux2_lora.training.optimizers import (
+    OptimizerSpec,
+    grouped,
+    learning_rate,
+    make_optimizer,
+    refuse_mixtures,
+    set_rate,
+)
+from flux2_lora.training.processes import Processes, open_processes
+from flux2_lora.training.ranking import ranked_table, verdict
+from flux2_lora.training.report import estimate, noise_levels
+from flux2_lora.training.state import (
+    Checkpoint,
+    TrainState,
+    delete_all,
+    latest_checkpoint,
+    open_checkpoint,
+    prune_checkpoints,
+    restore,
+    save_checkpoint,
+)
+from flux2_lora.training.step import Batch, Draws, Place, Sample, average_gradients, batches, share_of, training_loss
 from flux2_lora.training.tracking import LoggerSpec, Metrics, StepBar, console, peak_bytes, read_metrics
-from flux2_lora.training.validation import ValidationSpec, validate
+from flux2_lora.training.validation import ValidationSpec
 
-# A resumed run may differ in these; anything else would be another run under the same name.
+# A resumed run may differ in these without being asked for it.
 MAY_CHANGE = (
     "max_steps",
     "checkpoint_every",
+    "keep_last",
+    "keep_best",
     "preview.",
     "validation.every",
+    "validation.patience",
+    "checks",
     "resume",
+    "allow_change",
     "device",
+    "processes",
     "loader_workers",
     "logger.",
     "cache.",
 )
+# In these it may not differ at all: the checkpoint's tensors would not fit, or mean something else.
+MAY_NEVER_CHANGE = ("model.", "adapter.", "optimizer.kind", "optimizer.b_lr_ratio", "optimizer.block_lr")
+MOST_FAILURES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +116,7 @@ class TrainConfig:
     adapter: AdapterSpec
     optimizer: OptimizerSpec
     timesteps: TimestepSpec
+    loss: LossSpec
     precision: PrecisionSpec
     memory: MemorySpec
     validation: ValidationSpec
@@ -81,177 +127,337 @@ class TrainConfig:
     output_dir: str = "outputs"
     seed: int = option(0, at_least=0)
     device: str = "auto"
+    processes: int | None = option(None, at_least=1)
     max_steps: int = option(1000, at_least=1)
     batch_size: int = option(1, at_least=1)
     grad_accumulation: int = option(1, at_least=1)
     checkpoint_every: int = option(100, at_least=1)
+    keep_last: int = option(3, at_least=0)
+    keep_best: bool = True
+    checks: bool = True
     resume: str = "auto"
+    allow_change: bool = False
     loader_workers: int = option(0, at_least=0)
 
 
 @program("train")
-def train(config: TrainConfig) -> None:  # noqa: C901 - the whole run, in the order in which it happens
-    # 1. Look before anything is written: the pictures, the model, the run to go on with.
-    device = pick_device(config.device)
-    run, family = Path(config.output_dir).expanduser() / config.name, load_family(config.model.family)
-    cache, skipped = config.cache.place, run / "skipped.txt"
-    memory, step_px = Memory(cache / "pictures.json"), family.pixels_per_token
-    found = scan(config.dataset, seed=config.seed, step=step_px, memory=memory, cache=cache, report=skipped)
-    records, held_out = found.training, found.validation
-    for entry in config.adapter.targets:
-        parse(entry)
-    checkpoint = where_to_start(config, run)
-    start = checkpoint.step if checkpoint else 0
-    model = open_model(config.model, to_train=True)
-    resolve(config.adapter.targets, family.architecture, model.projections(), config.adapter.rank)
-    console.print(f"{config.name}: {len(records)} pictures, {len(held_out)} held out, on {device}")
-    for line in found.report(skipped):
-        console.print(line)
-    memory.save()
-    save_resolved(config, run / "run.yaml")
+def train(config: TrainConfig) -> None:
+    processes = open_processes(pick_device(config.device), config.processes)
+    console.quiet = not processes.first
+    run = Path(config.output_dir).expanduser() / config.name
+    with claimed(run) if processes.first else nullcontext():
+        data = look_and_encode(config, run, processes)
+        state = build(config, data, processes)
+        learn(config, run, data, state, processes)
+        if processes.first:
+            export(config, run, data, state)
 
-    # 2. Encoders in a phase of their own: from here on only cached tensors are read.
-    encoder = Encoder(model, cache, device, background=config.dataset.background)
-    encoder.encode_texts(all_texts(config, [*records, *held_out]))
-    samples = encode_samples(encoder, records, config.dataset, config.seed)
-    validation = validation_samples(config, encoder, held_out)
-    scene = preview_set(config, encoder, [*held_out, *records])
-    prune_cache(config.cache, encoder)
-    if config.loader_workers:
-        encoder.verify()  # an encoder cannot run in a worker, so damage is mended before they start
 
-    # 3. The base, quantised and frozen, and the adapter beside its projections.
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """All that a run takes from outside: the model's files, cached tensors, and the checkpoint to go on from.
+
+    facts: what a checkpoint notes down, and a resumed run must find again.
+    """
+
+    model: Model
+    records: Sequence[Record]
+    encoder: Encoder
+    samples: CachedSamples
+    held_out: Sequence[Sample]
+    scene: PreviewSet
+    checkpoint: Checkpoint | None
+    facts: Mapping[str, Any]
+
+
+def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Data:
+    """Check everything before anything is written, then encode: later phases read cached tensors only."""
+    family = load_family(config.model.family)
+    refuse_contradictions(config, processes.device)
+    with processes.first_one_first():
+        cache, skipped = config.cache.place, run / "skipped.txt"
+        memory, step_px = Memory(cache / "pictures.json"), family.pixels_per_token
+        found = scan(config.dataset, seed=config.seed, step=step_px, memory=memory, cache=cache, report=skipped)
+        checkpoint = where_to_start(config, run)
+        model = open_model(config.model, to_train=True)
+        refuse_what_would_do_nothing(config, model, found.training)
+        console.print(
+            f"{config.name}: {len(found.training)} pictures, {len(found.validation)} held out, on {processes.device}"
+            + (f" and {processes.count - 1} more" if processes.count > 1 else "")
+        )
+        for line in found.report(skipped):
+            console.print(line)
+        if processes.first:
+            memory.save()
+            save_resolved(config, run / "run.yaml")
+            if checkpoint is None:
+                delete_all(run)
+
+        encoder = Encoder(model, cache, processes.device, background=config.dataset.background)
+        encoder.encode_texts(all_texts(config, [*found.training, *found.validation]))
+        preserve_class = config.loss.preserve_class if config.loss.preserve else None
+        samples = encode_samples(encoder, found.training, config.dataset, config.seed, preserve_class)
+        held_out = validation_samples(config, encoder, found.validation)
+        scene = preview_set(config, encoder, [*found.validation, *found.training])
+        prune_cache(config.cache, encoder)
+        if config.loader_workers:
+            encoder.verify()  # an encoder cannot run in a worker, so damage is mended before they start
+    data = Data(
+        model=model,
+        records=found.training,
+        encoder=encoder,
+        samples=samples,
+        held_out=held_out,
+        scene=scene,
+        checkpoint=checkpoint,
+        facts={"data": data_digest(samples), "processes": processes.count},
+    )
+    refuse_other_facts(config, data)
+    return data
+
+
+def build(config: TrainConfig, data: Data, processes: Processes) -> TrainState:
+    """The base, quantised and frozen, the adapter beside its projections, and seconds of checks before hours."""
+    model, family, device = data.model, data.model.family, processes.device
     transformer = load_frozen(model, config.precision, device)
+    draws = draws_of(config, family)
+    batch = tried = None
+    if config.checks:
+        batch = probe(data.samples, draws, batch_order(config, data.samples, processes.count, 0, 1)[0], device)
+        tried = velocity(model, transformer, batch)
     targeted = attach(transformer, family.architecture, config.adapter, seed=config.seed)
     console.print(
         f"base in {config.precision.base}: {stored_bytes(transformer) / 1e6:.1f} MB with the adapter; "
         f"LoRA on {targeted} of {len(model.projections())} projections, rank {config.adapter.rank}"
     )
+    parameters = trainable(transformer)
+    optimizer = make_optimizer(config.optimizer, grouped(config.optimizer, family.architecture, parameters))
+    ema = Ema(config.optimizer.ema_decay, list(parameters.values())) if config.optimizer.ema_decay else None
+    state = TrainState(transformer=transformer, parameters=parameters, optimizer=optimizer, ema=ema)
+    if batch is not None and tried is not None:
+        subject = Subject(
+            model=model,
+            transformer=transformer,
+            optimizer=optimizer,
+            spec=config.adapter,
+            samples=data.samples,
+            draws=draws,
+            loss=config.loss,
+            batch=batch,
+            before=tried,
+        )
+        console.print(run_checks(subject))
+    if data.checkpoint is not None:
+        restore(data.checkpoint, state)
+        console.print(f"going on from {data.checkpoint.folder}")
     if config.memory.checkpointing(device):
         transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     if config.memory.compile:
         compile_blocks(transformer)
+    return state
 
-    # 4. Accelerate places the model and steps the optimizer; a checkpoint puts the numbers back.
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="bf16" if device.type == "cuda" else "no",
-        step_scheduler_with_optimizer=False,
+
+def learn(config: TrainConfig, run: Path, data: Data, state: TrainState, processes: Processes) -> None:
+    """The loop. Every draw is a function of (seed, step, sample), so stopping and going on changes nothing."""
+    family, device, start, micro = data.model.family, processes.device, state.step, config.grad_accumulation
+    side = max(config.dataset.resolution)
+    mu = family.training_mu((side // family.pixels_per_token) ** 2)
+    console.print(f"noise levels at {side} px: {noise_levels(config.timesteps, mu)}")
+    watch = watch_of(config, run, data, state, device) if processes.first else None
+    if watch is not None and start == 0:
+        watch.look(state)
+    order = batch_order(config, data.samples, processes.count, start * micro, config.max_steps * micro)
+    stream = batches(
+        data.samples,
+        [share_of(batch, processes.rank, processes.count) for batch in order],
+        draws_of(config, family),
+        first_step=start * micro,
+        workers=config.loader_workers,
+        pinned=device.type == "cuda",
     )
-    optimizer = make_optimizer(config.optimizer, trainable(transformer))
-    if checkpoint is not None:
-        restore(checkpoint, transformer, optimizer)
-        console.print(f"going on from {checkpoint.folder}")
-    transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    metrics = Metrics(
-        run / "metrics.jsonl", config.logger, name=config.name, config=dataclasses.asdict(config), resumed_at=start
-    )
-    previewer = None
-    if config.preview.every:
-        vae = model.load_vae(device)
-        previewer = Previewer(family, vae, config.preview, scene, run / "previews", config.name, device)
-
-    def look(step: int) -> float | None:
-        """Validation and preview where their turn has come; the validation loss if there is one."""
-        loss = None
-        if validation and due(step, config.validation.every, config.max_steps):
-            result = validate(family, transformer, validation, config.validation.sigmas, device)
-            metrics.write(step, **result.row())
-            loss = result.mean
-        if previewer is not None and due(step, config.preview.every, config.max_steps):
-            previewer.draw(transformer, step)
-        return loss
-
-    # 5. The loop. Every draw is a function of (seed, step, sample), so stopping and going on changes nothing.
-    latest = look(0) if start == 0 else None
-    micro = config.grad_accumulation
-    order = batch_order(config, samples, start * micro, config.max_steps * micro)
-    stream = batches(samples, order, config.loader_workers)
+    enough = stopping = False
     with Interrupt() as interrupt, StepBar(config.max_steps, start) as bar:
-        for step in range(start, config.max_steps):
+        while state.step < config.max_steps and not stopping:
             began = time.perf_counter()
-            lr = learning_rate(config.optimizer, step, config.max_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss = accumulate(config, accelerator, family, transformer, stream, step)
-            norm = float(accelerator.clip_grad_norm_(trainable(transformer), config.optimizer.max_grad_norm))
-            if not math.isfinite(loss + norm):
-                raise SystemExit(f"step {step + 1}: loss {loss}, gradient norm {norm}; stopped before they were used")
-            optimizer.step()
-            optimizer.zero_grad()
+            lr = learning_rate(config.optimizer, state.step, config.max_steps)
+            loss, norm = take_step(config, processes, family, state, stream, lr)
+            step_s, peak = time.perf_counter() - began, peak_bytes(device)
+            if watch is not None:
+                watch.note(state, loss=loss, lr=lr, grad_norm=norm, step_s=step_s, peak_bytes=peak)
+                watch.look(state)
+                bar.update(state.step, loss=loss, validation=watch.validation_loss, step_s=step_s, peak=peak)
+                enough = watch.enough
+            stopping = processes.agreed(bool(interrupt.signal) or enough or state.failing >= MOST_FAILURES)
+            wanted = due(state.step, config.checkpoint_every, config.max_steps) or stopping
+            if watch is not None and (wanted or watch.newest_is_best):
+                data.encoder.keep()
+                watch.metrics.sync()
+                save_checkpoint(run, state, adapter_of(config, data, state), data.facts)
+                prune_checkpoints(run, config.keep_last, watch.best_step if config.keep_best else None)
+            if state.step == start + 3:
+                console.print(f"at this rate: {estimate(step_s, config.max_steps - state.step, peak)}")
+    if watch is not None:
+        watch.metrics.close()
+    if data.encoder.healed:
+        console.print(f"{data.encoder.healed} damaged entries of the cache were made again")
+    if state.failing >= MOST_FAILURES:
+        raise RunError(
+            f"loss or gradient were not finite in {MOST_FAILURES} steps in a row, up to step {state.step}",
+            f"the adapter of step {state.step - MOST_FAILURES} is kept in {run / 'checkpoints'}; lower optimizer.lr",
+        )
+    if stopping and not enough and state.step < config.max_steps:
+        again = shlex.join(["flux2-lora", "train", *sys.argv[1:]])
+        console.print(f"stopped after step {state.step}; go on with\n  {again}")
+        sys.exit(128 + (interrupt.signal or signal.SIGTERM))
 
-            done, step_s, peak = step + 1, time.perf_counter() - began, peak_bytes(device)
-            metrics.write(done, loss=loss, lr=lr, grad_norm=norm, step_s=step_s, peak_bytes=peak)
-            latest = look(done) or latest
-            bar.update(done, loss=loss, validation=latest, step_s=step_s, peak=peak)
-            if due(done, config.checkpoint_every, config.max_steps) or interrupt.signal:
-                encoder.keep()
-                checkpoint = save_checkpoint(run, done, adapter_of(config, family, transformer, records), optimizer)
-            if interrupt.signal:
-                break
-    metrics.close()
-    if encoder.healed:
-        console.print(f"{encoder.healed} damaged entries of the cache were made again")
-    if interrupt.signal and checkpoint is not None and checkpoint.step < config.max_steps:
-        console.print(f"stopped after step {checkpoint.step}; the same command goes on from {checkpoint.folder}")
-        sys.exit(128 + interrupt.signal)
 
-    # 6. One file for ComfyUI, Forge and Diffusers, re-read and proven; then what was learned and what comes next.
-    exported = run / "export" / f"{config.name}.safetensors"
+def take_step(
+    config: TrainConfig,
+    processes: Processes,
+    family: ModelFamily,
+    state: TrainState,
+    stream: Iterator[Batch],
+    lr: float,
+) -> tuple[float, float]:
+    """One optimizer step; returns loss and gradient norm. Where these are not finite, nothing is moved."""
+    accelerator, parameters = processes.accelerator, list(state.parameters.values())
+    total = torch.zeros((), device=processes.device)
+    for _ in range(config.grad_accumulation):
+        batch = next(stream).to(processes.device)
+        with accelerator.autocast():
+            loss = training_loss(family, state.transformer, batch, config.loss) / config.grad_accumulation
+        accelerator.backward(loss)
+        total += loss.detach()
+    if processes.count > 1:
+        average_gradients(parameters, processes.mean)
+        total = processes.mean(total)
+    clipped = accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+    mean, norm = torch.stack([total, clipped]).tolist()  # where the host waits for the device, once in a step
+    if math.isfinite(mean) and math.isfinite(norm):
+        set_rate(state.optimizer, lr)
+        state.optimizer.step()
+        if state.ema is not None:
+            state.ema.update()
+        state.failing = 0
+    else:
+        state.skipped, state.failing = state.skipped + 1, state.failing + 1
+    state.optimizer.zero_grad()
+    state.step += 1
+    return mean, norm
+
+
+def export(config: TrainConfig, run: Path, data: Data, state: TrainState) -> None:
+    """One file for ComfyUI, Forge and Diffusers, re-read and proven; then what was learned and what comes next."""
+    file = run / "export" / f"{config.name}.safetensors"
+    adapter = adapter_of(config, data, state)
     proofs = export_universal(
-        state_of(transformer),
-        config.adapter.rank,
-        config.adapter.alpha or config.adapter.rank,
-        exported,
-        architecture=family.architecture,
+        adapter.state,
+        adapter.rank,
+        adapter.alpha,
+        file,
+        architecture=data.model.family.architecture,
         dtype=torch.float32,
         header=header(
             title=config.name,
             model=config.model.architecture_name,
             base=config.model.title,
-            architecture=family.architecture,
-            rank=config.adapter.rank,
+            architecture=data.model.family.architecture,
+            rank=adapter.rank,
             date=time.strftime("%Y-%m-%dT%H:%M:%S"),
             resolution=(max(config.dataset.resolution),) * 2,
-            trigger_phrase=trigger_words(records),
+            trigger_phrase=adapter.trigger_word,
         ),
     )
     console.print(table(proofs))
-    summary(run, exported)
+    summary(config, run, file)
 
 
 def where_to_start(config: TrainConfig, run: Path) -> Checkpoint | None:
     """The checkpoint to go on from, or None to start afresh; UserError when the run there is another one."""
     if config.resume == "never":
         return None
-    checkpoint = (
-        latest_checkpoint(run) if config.resume == "auto" else open_checkpoint(Path(config.resume).expanduser())
-    )
+    if config.resume == "auto":
+        checkpoint = latest_checkpoint(run, lambda f: console.print(f"{f} is damaged and passed over"))
+    else:
+        checkpoint = open_checkpoint(Path(config.resume).expanduser())
     changes = changed_options(read_resolved(run / "run.yaml"), config, MAY_CHANGE) if checkpoint else []
-    if changes:
+    fixed = [change for change in changes if change.startswith(MAY_NEVER_CHANGE)]
+    if fixed or (changes and not config.allow_change):
+        ways = "choose another name=..., or resume=never to replace it"
         raise UserError(
-            f"name={config.name} is a run with other options ({listed(changes, 3)})",
-            "choose another name=..., or resume=never to replace it",
+            f"name={config.name} is a run with other options ({listed(fixed or changes, 3)})",
+            ways if fixed else f"{ways}, or allow_change=true to go on all the same",
         )
+    if changes:
+        console.print(f"going on with other options: {listed(changes, 10)}")
     return checkpoint
 
 
-def due(step: int, every: int, last: int) -> bool:
-    """At step 0, every `every` steps and at the end; never where `every` is 0."""
-    return every > 0 and (step % every == 0 or step == last)
+def refuse_other_facts(config: TrainConfig, data: Data) -> None:
+    """UserError when a resumed run has not the pictures, captions, masks or processes that it began with."""
+    before = data.checkpoint.facts if data.checkpoint else data.facts
+    names = {"data": "pictures, captions or masks", "processes": "a number of processes"}
+    changed = [name for key, name in names.items() if before.get(key) != data.facts[key]]
+    if changed and not config.allow_change:
+        raise UserError(
+            f"name={config.name} was begun with other {' and '.join(changed)}",
+            "choose another name=..., resume=never to replace it, or allow_change=true to go on all the same",
+        )
 
 
-def batch_order(config: TrainConfig, samples: CachedSamples, start: int, stop: int) -> list[list[tuple[int, int]]]:
-    """(item, epoch) of each batch from `start` up to `stop`."""
+def refuse_contradictions(config: TrainConfig, device: torch.device) -> None:
+    """UserError for options that contradict each other, before anything is looked for."""
+    refuse_mixtures(config.optimizer, device)
+    for entry in config.adapter.targets:
+        parse_ranked(entry)
+    low, high = config.timesteps.min_sigma, config.timesteps.max_sigma
+    if low >= high:
+        raise UserError(f"timesteps.min_sigma={low:g} is not below timesteps.max_sigma={high:g}", "leave room between")
+    if config.validation.patience and not config.validation.every:
+        raise UserError("validation.patience has nothing to wait for", "set validation.every=50, or patience=0")
+
+
+def refuse_what_would_do_nothing(config: TrainConfig, model: Model, records: Sequence[Record]) -> None:
+    """UserError for a wish that this model or these pictures cannot meet."""
+    family = model.family
+    ranks = resolve(config.adapter.targets, family.architecture, model.projections(), config.adapter.rank)
+    numbers_of(config.optimizer.block_lr, family.architecture, ranks, option="optimizer.block_lr")
+    if config.preview.guidance is not None and not model.takes_guidance():
+        raise UserError(
+            f"preview.guidance={config.preview.guidance:g} asks for a guidance embedding, which this model has not",
+            "set preview.guidance=null, and preview.cfg_scale for true guidance",
+        )
+    if config.preview.negative_prompt and config.preview.cfg_scale <= 1:
+        raise UserError("preview.negative_prompt does nothing at preview.cfg_scale=1", "set preview.cfg_scale=3")
+    if config.loss.preserve and not any(record.source.trigger_word for record in records):
+        raise UserError(
+            "loss.preserve needs a trigger word, to put loss.preserve_class in its place", "set dataset.trigger_word"
+        )
+
+
+def draws_of(config: TrainConfig, family: ModelFamily) -> Draws:
+    return Draws(family=family, density=config.timesteps, seed=config.seed)
+
+
+def batch_order(
+    config: TrainConfig, samples: CachedSamples, processes: int, start: int, stop: int
+) -> list[list[Place]]:
+    """(item, epoch) of each batch, over all processes, from micro-step `start` up to `stop`."""
     buckets = [item.bucket for item in samples.items]
-    order = batches_between(buckets, config.batch_size, config.seed, start, stop)
+    order = batches_between(buckets, config.batch_size * processes, config.seed, start, stop)
     return [[(index, epoch) for index in batch] for epoch, batch in order]
+
+
+def base_prompts(config: TrainConfig) -> list[str]:
+    """Prompts in the base's own styles, on which forgetting is measured."""
+    return config.model.base_prompts[: config.validation.base_style] if config.validation.every else []
 
 
 def all_texts(config: TrainConfig, records: Sequence[Record]) -> list[str]:
     """Every text of the run, to be encoded together: a large encoder's layers are then read once."""
     previews = [*config.preview.prompts, *preview_prompts(config.dataset), config.preview.negative_prompt]
-    return [*texts_of(records), *previews]
+    preserve_class = config.loss.preserve_class if config.loss.preserve else None
+    return [*texts_of(records, preserve_class), *previews, *base_prompts(config)]
 
 
 def validation_samples(config: TrainConfig, encoder: Encoder, held_out: Sequence[Record]) -> list[Sample]:
@@ -278,51 +484,79 @@ def preview_set(config: TrainConfig, encoder: Encoder, records: Sequence[Record]
     )
 
 
-def accumulate(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    family: ModelFamily,
-    transformer: nn.Module,
-    stream: Iterator[Batch],
-    step: int,
-) -> float:
-    """Forward and backward over the batches of one optimizer step; their mean loss."""
-    total, count = 0.0, config.grad_accumulation
-    for part in range(count):
-        batch = next(stream).to(accelerator.device)
-        with accelerator.autocast():
-            loss = training_loss(
-                family, transformer, batch, config.timesteps, seed=config.seed, step=step * count + part
-            )
-        accelerator.backward(loss / count)
-        total += loss.item() / count
-    return total
-
-
-def adapter_of(config: TrainConfig, family: ModelFamily, transformer: nn.Module, records: Sequence[Record]) -> Adapter:
-    return Adapter(
-        state=state_of(transformer),
-        rank=config.adapter.rank,
-        alpha=config.adapter.alpha or config.adapter.rank,
-        targets=list(config.adapter.targets),
-        family=family.name,
-        trigger_word=trigger_words(records),
+def watch_of(config: TrainConfig, run: Path, data: Data, state: TrainState, device: torch.device) -> Watch:
+    """What looks at the run as it goes: trackers, validation, previews."""
+    metrics = Metrics(
+        run / "metrics.jsonl",
+        config.logger,
+        name=config.name,
+        config=dataclasses.asdict(config),
+        resumed_at=state.step,
+    )
+    prompts, previewer = base_prompts(config), None
+    if config.preview.every:
+        vae, previews = data.model.load_vae(device), run / "previews"
+        previewer = Previewer(data.model.family, vae, config.preview, data.scene, previews, config.name, device)
+    keys = data.encoder.encode_texts(prompts)
+    return open_watch(
+        family=data.model.family,
+        spec=config.validation,
+        device=device,
+        last=config.max_steps,
+        metrics=metrics,
+        previewer=previewer,
+        held_out=data.held_out,
+        samples=data.samples,
+        own=own_samples(
+            data.model.family,
+            state.transformer,
+            prompts,
+            data.encoder.conditioning([keys[prompt] for prompt in prompts]).to(device, torch.float32),
+            max(config.dataset.resolution),
+            run / "base_style.safetensors",
+        )
+        if prompts
+        else [],
     )
 
 
-def summary(run: Path, exported: Path) -> None:
-    """Five lines: what was learned, the grid, the adapter, the export, and the next command."""
-    losses = [row["validation_loss"] for row in read_metrics(run / "metrics.jsonl") if "validation_loss" in row]
+def adapter_of(config: TrainConfig, data: Data, state: TrainState) -> Adapter:
+    return Adapter(
+        state=state.adapter(),
+        rank=config.adapter.rank,
+        alpha=config.adapter.scale * config.adapter.rank,
+        targets=list(config.adapter.targets),
+        family=data.model.family.name,
+        trigger_word=trigger_words(data.records),
+    )
+
+
+def summary(config: TrainConfig, run: Path, exported: Path) -> None:
+    """What was learned, which checkpoint is best, where everything lies, and the next command."""
+    rows = read_metrics(run / "metrics.jsonl")
+    losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
     learned = "no validation pictures, so no validation loss"
     if losses:
         learned = f"validation loss {losses[0]:.3f} (base) -> {losses[-1]:.3f}, {losses[-1] / losses[0]:.2f} x"
+        console.print(ranked_table(rows, run))
     newest = max((run / "previews").glob("step-*.png"), default=None)
-    last = latest_checkpoint(run)
+    last, judged = latest_checkpoint(run), verdict(rows)
     console.print(f"learned   {learned}")
+    if judged is not None and last is not None and judged.best != last.step:
+        best = run / "checkpoints" / f"step-{judged.best:06d}"
+        told = f"; flux2-lora export adapter={best} output={run / 'export' / 'best.safetensors'}"
+        console.print(f"best      step {judged.best}, {judged.loss:.3f}{told if best.is_dir() else ''}")
     console.print(f"grid      {newest or 'previews are off (preview.every=0)'}")
     console.print(f"adapter   {last.folder if last else run}")
     console.print(f"export    {exported}")
-    console.print("next      flux2-lora train dataset.folder=~/pictures/mine dataset.trigger_word=mystyle name=mine")
+    if config.dataset.folder == bundled_folder():
+        console.print(
+            "next      flux2-lora train dataset.folder=~/pictures/mine dataset.trigger_word=mystyle name=mine"
+        )
+    else:
+        model = [argument for argument in sys.argv[1:] if argument.startswith(("model=", "model."))]
+        sampled = shlex.join(["flux2-lora", "sample", *model, f"adapters=[{run}]", 'prompts=["a prompt"]'])
+        console.print(f"next      {sampled}")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,14 @@ def with_trigger(caption: str, trigger: str | None) -> str:
     return f"{trigger}, {caption}" if caption else trigger
 
 
+def without_trigger(caption: str, trigger: str | None, instead: str = "") -> str:
+    """The caption with `instead` where the trigger word stands as a word; commas that it leaves behind go with it."""
+    if not trigger:
+        return caption
+    replaced = re.sub(rf"(?<!\w){re.escape(trigger)}(?!\w)", lambda _: instead, caption)
+    return ", ".join(part for part in (clean(part) for part in replaced.split(",")) if part)
+
+
 def shuffled(caption: str, orders: int, keep: int) -> tuple[str, ...]:
     """At most `orders` different orders of a caption's tags (between commas), as it is written first.
 

@@ -43,7 +43,7 @@ class ModelSpec:
     path: a Diffusers folder, a hub id, or a file of the transformer; components: a folder or hub id with the rest, for
     a path that holds the transformer alone. title: as file managers show it; architecture_name: as ModelSpec headers
     spell it. max_sequence_length: tokens of a prompt, null for the family's own. distilled: made for few steps, to be
-    sampled and not trained; train_distilled trains it all the same.
+    sampled and not trained; train_distilled trains it all the same. base_prompts: what it draws in styles of its own.
     """
 
     family: str
@@ -58,6 +58,14 @@ class ModelSpec:
     max_sequence_length: int | None = option(None, at_least=1, at_most=512)
     distilled: bool = False
     train_distilled: bool = False
+    base_prompts: list[str] = field(
+        default_factory=lambda: [
+            "a photo of a street market in the rain",
+            "a portrait photo of an old man with a beard",
+            "a watercolour painting of a lighthouse",
+            "a bowl of fruit on a wooden table, studio light",
+        ]
+    )
     training: TrainingDefaults = field(default_factory=TrainingDefaults)
 
 

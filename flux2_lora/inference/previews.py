@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from torch import nn
+from torch import Tensor, nn
 
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.families import ModelFamily
@@ -52,6 +52,15 @@ class PreviewSet:
     edited_conditioning: Conditioning
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """The grid's file, and what was drawn from the prompts: files, and their latents [n c h w]."""
+
+    grid: Path
+    pictures: Sequence[Path]
+    latents: Tensor
+
+
 @dataclass(frozen=True)
 class Previewer:
     """Draws previews of one run into `folder`: step-000100.png, and its pictures in step-000100/."""
@@ -64,26 +73,27 @@ class Previewer:
     title: str
     device: torch.device
 
-    def draw(self, transformer: nn.Module, step: int) -> Path:
-        """Sample every row, save the pictures and the grid; returns the grid's path."""
+    def draw(self, transformer: nn.Module, step: int) -> Preview:
+        """Sample every row, save the pictures and the grid."""
         here = self.folder / f"step-{step:06d}"
         here.mkdir(parents=True, exist_ok=True)
-        for index, picture in enumerate(self._from_prompts(transformer)):
+        latents = self._from_prompts(transformer)
+        for index, picture in enumerate(to_pictures(self.family.decode_latents(self.vae, latents))):
             picture.save(here / f"{index:04d}.png")
+        pictures = [here / f"{index:04d}.png" for index in range(len(latents))]
         sections = [self._progress(step)]
         if self.spec.edits:
             sections.append(self._edits(transformer))
         grid = here.with_suffix(".png")
         draw_grid(f"{self.title}, step {step}", sections).save(grid)
-        return grid
+        return Preview(grid=grid, pictures=pictures, latents=latents)
 
-    def _from_prompts(self, transformer: nn.Module) -> list[Image.Image]:
+    def _from_prompts(self, transformer: nn.Module) -> Tensor:
         scene = self.scene
         noise = initial_noise(self.family, scene.height_px, scene.width_px, range(len(scene.texts)))
-        latents = generate(
+        return generate(
             self.family, transformer, self._prompted(scene.conditioning), noise.to(self.device), self.spec.steps
         )
-        return to_pictures(self.family.decode_latents(self.vae, latents))
 
     def _progress(self, step: int) -> Section:
         """Prompts as rows; the base, some earlier steps and now as columns."""

@@ -8,6 +8,7 @@ found damaged, at any time, is made again alone.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from flux2_lora.ahead import ahead
 from flux2_lora.caches import CacheSpec, TensorCache, prune
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.dataset import DatasetSpec, Record
+from flux2_lora.dataset.captions import without_trigger
 from flux2_lora.dataset.crops import Crop
 from flux2_lora.dataset.pictures import crop_mask, crop_to, file_bytes, open_mask, open_picture
 from flux2_lora.devices import compute_dtype
@@ -204,7 +206,8 @@ class CachedSamples(Dataset[Sample]):
     """Encoded items. What a step sees of one is drawn by (seed, epoch, item): crop, caption, and latents anew.
 
     spec: posterior says whether latents are drawn or are the mean, unless that is left to the model's family;
-    unmasked_weight is what masks leave black.
+    unmasked_weight is what masks leave black. preserve_class: what stands for the trigger word in texts on which the
+    base's output is preserved; None where it is not.
     """
 
     encoder: Encoder
@@ -213,6 +216,7 @@ class CachedSamples(Dataset[Sample]):
     text_keys: Mapping[str, str]
     seed: int
     spec: DatasetSpec
+    preserve_class: str | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -245,22 +249,31 @@ class CachedSamples(Dataset[Sample]):
 
     def _sample(self, item: Item, latents: Tensor, mask: Tensor, text: str) -> Sample:
         outside = self.spec.unmasked_weight
+        preserved = None
+        if self.preserve_class is not None:
+            other = without_trigger(text, item.record.source.trigger_word, self.preserve_class)
+            preserved = self.encoder.conditioning([self.text_keys[other]])
         return Sample(
             latents=latents,
             conditioning=self.encoder.conditioning([self.text_keys[text]]),
             mask=outside + (1 - outside) * mask,
             key=item.record.digest,
             weight=item.record.source.weight,
+            preserved=preserved,
         )
 
 
-def texts_of(records: Sequence[Record]) -> list[str]:
-    """Every text that training on these may draw, the dropped caption included."""
+def texts_of(records: Sequence[Record], preserve_class: str | None = None) -> list[str]:
+    """Every text that training on these may draw, the dropped caption and those to preserve the base on included."""
     dropped = [""] if any(record.source.caption_dropout > 0 for record in records) else []
-    return [*(text for record in records for text in record.texts), *dropped]
+    texts = [(record, text) for record in records for text in record.texts]
+    preserved = [without_trigger(text, record.source.trigger_word, preserve_class or "") for record, text in texts]
+    return [*(text for _, text in texts), *dropped, *(preserved if preserve_class is not None else [])]
 
 
-def encode_samples(encoder: Encoder, records: Sequence[Record], spec: DatasetSpec, seed: int) -> CachedSamples:
+def encode_samples(
+    encoder: Encoder, records: Sequence[Record], spec: DatasetSpec, seed: int, preserve_class: str | None = None
+) -> CachedSamples:
     """Encode every crop and every text that training on `records` may draw."""
     items = items_of(records)
     crops = {
@@ -273,10 +286,22 @@ def encode_samples(encoder: Encoder, records: Sequence[Record], spec: DatasetSpe
         encoder=encoder,
         items=items,
         crop_keys={place: [next(keys) for _ in jobs] for place, jobs in crops.items()},
-        text_keys=encoder.encode_texts(texts_of(records)),
+        text_keys=encoder.encode_texts(texts_of(records, preserve_class)),
         seed=seed,
         spec=spec,
+        preserve_class=preserve_class,
     )
+
+
+def data_digest(samples: CachedSamples) -> str:
+    """Digest of everything that training takes from the data: what is drawn from, in its order, and what it counts."""
+    parts = [
+        json.dumps(
+            [*samples.crop_keys[item.record, item.bucket], *item.record.texts, item.repeat, item.record.source.weight]
+        )
+        for item in samples.items
+    ]
+    return digest(*parts)
 
 
 def prune_cache(spec: CacheSpec, encoder: Encoder) -> None:

@@ -12,19 +12,31 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from flux2_lora.conditioning import stack
 from flux2_lora.families import ModelFamily
 from flux2_lora.flow import generator, mix, velocity_error
 from flux2_lora.options import option
-from flux2_lora.training.step import Batch, Sample, collate
+from flux2_lora.training.step import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSpec:
-    """every: steps between evaluations (0: never); sigmas: noise levels in (0, 1); most: pictures at most."""
+    """every: steps between evaluations (0: never); sigmas: noise levels in (0, 1); most: pictures at most.
+
+    base_style: how many of the model's base prompts are drawn by the base itself, to measure what is forgotten of it;
+    nearest: whether previews are compared with the training pictures; features: a folder of CLIP or DINOv2 to compare
+    by, null for the VAE's latents. patience: end after so many evaluations without a new best (0: never).
+    """
 
     every: int = option(50, at_least=0)
-    sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    sigmas: list[float] = field(
+        default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9], metadata={"above": 0, "at_most": 0.999}
+    )
     most: int = option(64, at_least=1)
+    base_style: int = option(4, at_least=0)
+    nearest: bool = True
+    features: str | None = None
+    patience: int = option(0, at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +71,17 @@ def validate(
     parts = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
     losses = dict.fromkeys(sigmas, 0.0)
     for part in parts:
-        batch = collate(part)
+        latents = torch.stack([sample.latents for sample in part]).to(device)
+        mask = torch.stack([sample.mask for sample in part]).to(device)
         noise = torch.stack([_noise_of(sample) for sample in part]).to(device)
+        conditioning = stack([sample.conditioning for sample in part])
+        conditioning = conditioning.to(device, conditioning.embeds.dtype)
         for sigma in sigmas:
-            losses[sigma] += _summed_error(family, transformer, batch.to(device), noise, sigma) / len(samples)
+            levels = torch.full((len(part),), sigma, device=device)
+            predicted = family.velocity(transformer, mix(latents, noise, levels), levels, conditioning)
+            losses[sigma] += velocity_error(predicted, noise - latents, mask).sum().item() / len(samples)
     return ValidationLoss(by_sigma=losses)
 
 
 def _noise_of(sample: Sample) -> torch.Tensor:
     return torch.randn(sample.latents.shape, generator=generator("validation", sample.key))
-
-
-def _summed_error(
-    family: ModelFamily, transformer: nn.Module, batch: Batch, noise: torch.Tensor, sigma: float
-) -> float:
-    levels = torch.full((len(batch.latents),), sigma, device=noise.device)
-    predicted = family.velocity(transformer, mix(batch.latents, noise, levels), levels, batch.conditioning)
-    return velocity_error(predicted, batch.latents, noise, batch.mask).sum().item()

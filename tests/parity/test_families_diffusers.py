@@ -16,14 +16,13 @@ from flux2_lora import quantize
 from flux2_lora.adapters import AdapterSpec, attach, lora_layers
 from flux2_lora.conditioning import Conditioning, stack
 from flux2_lora.families import Model, ModelSpec, family_names, open_model
-from flux2_lora.flow import TimestepSpec
 from flux2_lora.inference.pipeline import Prompted, velocity_of
 from flux2_lora.latents import pack, unpack
 from flux2_lora.networks import text
 from flux2_lora.quantize import PrecisionSpec, load_frozen
 from flux2_lora.training.memory import compile_blocks
-from flux2_lora.training.step import Batch, training_loss
-from tests.conftest import Command
+from flux2_lora.training.step import Sample, training_loss
+from tests.conftest import Command, drawn
 from tests.miniatures import MINIATURES, Miniature
 
 CPU = torch.device("cpu")
@@ -217,9 +216,12 @@ def gradients(
         compile_blocks(transformer, backend, fullgraph=True)
     texts = stack(list(model.load_prompt_encoder(CPU)(PROMPTS[:2])))
     latents = torch.randn(2, model.family.latent_channels, 4, 4, generator=noise)
-    batch = Batch(latents=latents, conditioning=texts, mask=torch.ones(2, 1, 4, 4), weights=torch.ones(2))
+    samples = [
+        Sample(latents=one, conditioning=texts[place : place + 1], mask=torch.ones(1, 4, 4), key=str(place))
+        for place, one in enumerate(latents)
+    ]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = training_loss(model.family, transformer, batch, TimestepSpec(), seed=0, step=0)
+        loss = training_loss(model.family, transformer, drawn(model.family, samples))
     loss.backward()
     found = [p.grad for p in transformer.parameters() if p.requires_grad]
     assert all(g is not None and g.abs().max() > 0 for g in found)

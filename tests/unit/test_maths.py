@@ -67,7 +67,7 @@ def test_noise_levels_follow_the_shifted_logit_normal_density() -> None:
 
 def test_the_right_velocity_has_no_error() -> None:
     picture, noise = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)
-    assert torch.equal(velocity_error(noise - picture, picture, noise), torch.zeros(2))
+    assert torch.equal(velocity_error(noise - picture, noise - picture), torch.zeros(2))
     assert torch.equal(mix(picture, noise, torch.tensor([0.0, 1.0])), torch.stack([picture[0], noise[1]]))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from flux2_lora.adapters import AdapterSpec, attach, lora_layers
 from flux2_lora.errors import UserError
 from flux2_lora.networks.transformers import block_linears
-from flux2_lora.targets import parse, resolve
+from flux2_lora.targets import parse_ranked, resolve
 
 
 def full_size(kind: str, **settings: Any) -> nn.Module:
@@ -138,7 +138,7 @@ def test_the_later_entry_sets_the_rank(klein: list[str]) -> None:
 )
 def test_an_entry_that_says_nothing_is_refused(entry: str, text: str) -> None:
     with pytest.raises(UserError) as error:
-        parse(entry)
+        parse_ranked(entry)
     assert text in str(error.value)
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from flux2_lora.adapters import Adapter, AdapterSpec, attach, state_of, trainable
+from flux2_lora.adapters import AdapterSpec, attach, state_of
 from flux2_lora.conditioning import Conditioning
-from flux2_lora.errors import UserError
 from flux2_lora.families import ModelFamily
-from flux2_lora.training.optimizers import OptimizerSpec, learning_rate, make_optimizer
-from flux2_lora.training.state import latest_checkpoint, open_checkpoint, restore, save_checkpoint
+from flux2_lora.training.optimizers import OptimizerSpec, learning_rate
+from flux2_lora.training.state import restore, save_checkpoint
 from flux2_lora.training.step import Sample
 from flux2_lora.training.validation import ValidationSpec, validate
+from tests.runs import adapter_of, built, step
 
 SIGMAS = ValidationSpec().sigmas
 
@@ -51,25 +51,17 @@ def test_validation_is_the_same_each_time_and_for_any_batch_size(family: ModelFa
 
 def test_a_checkpoint_restores_adapter_and_moments(family: ModelFamily, transformer: nn.Module, tmp_path: Path) -> None:
     attach(transformer, "flux2", AdapterSpec(rank=2), seed=0)
-    optimizer = make_optimizer(OptimizerSpec(), trainable(transformer))
-    for parameter in trainable(transformer):
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    moments = [optimizer.state[p]["exp_avg"].clone() for p in trainable(transformer)]
-    state = state_of(transformer)
-    adapter = Adapter(state=state, rank=2, alpha=2, targets=["attention", "mlp"], family=family.name)
-    checkpoint = save_checkpoint(tmp_path, 7, adapter, optimizer)
-    for parameter in trainable(transformer):
+    state = built(transformer, OptimizerSpec())
+    step(state, seed=0)
+    state.step = 7
+    moments = [state.optimizer.state[p]["exp_avg"].clone() for p in state.parameters.values()]
+    adapter = adapter_of(state, family)
+    checkpoint = save_checkpoint(tmp_path, state, adapter, {})
+    for parameter in state.parameters.values():
         nn.init.zeros_(parameter)
-    fresh = make_optimizer(OptimizerSpec(), trainable(transformer))
-    restore(checkpoint, transformer, fresh)
-    assert all(torch.equal(state[key], value) for key, value in state_of(transformer).items())
-    restored = [fresh.state[p]["exp_avg"] for p in trainable(transformer)]
+    fresh = built(transformer, OptimizerSpec())
+    restore(checkpoint, fresh)
+    assert fresh.step == 7
+    assert all(torch.equal(adapter.state[key], value) for key, value in state_of(transformer).items())
+    restored = [fresh.optimizer.state[p]["exp_avg"] for p in fresh.parameters.values()]
     assert all(torch.equal(one, other) for one, other in zip(moments, restored, strict=True))
-
-
-def test_an_unfinished_checkpoint_does_not_count(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints/step-000009").mkdir(parents=True)
-    assert latest_checkpoint(tmp_path) is None
-    with pytest.raises(UserError, match="is not a whole checkpoint"):
-        open_checkpoint(tmp_path / "checkpoints/step-000009")

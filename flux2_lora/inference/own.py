@@ -1,0 +1,56 @@
+"""What the base draws by itself: the pictures on which a run measures how much of the base it forgets.
+
+They are samples of the base's own flow, without classifier-free guidance, so on them the base is as good as it can be;
+an adapter that changes how they are drawn has changed more than its own style.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load
+from torch import nn
+
+from flux2_lora.adapters import switched_off
+from flux2_lora.conditioning import Conditioning
+from flux2_lora.families import ModelFamily
+from flux2_lora.files import digest, write_tensors
+from flux2_lora.inference.pipeline import Prompted, generate, initial_noise
+from flux2_lora.training.step import Sample
+
+STEPS, LONGEST_PX = 20, 512
+
+
+def own_samples(
+    family: ModelFamily,
+    transformer: nn.Module,
+    prompts: Sequence[str],
+    conditioning: Conditioning,
+    side_px: int,
+    file: Path,
+) -> list[Sample]:
+    """One sample a prompt, drawn by the base under the adapter; kept in `file`, and read from it the next time."""
+    side = min(side_px, LONGEST_PX) // family.pixels_per_token * family.pixels_per_token
+    key = digest(*prompts, str(side))
+    drawn = _kept(file, key)
+    if drawn is None:
+        noise = initial_noise(family, side, side, range(len(prompts))).to(conditioning.embeds.device)
+        prompted = Prompted(positive=conditioning, negative=conditioning[:1], cfg_scale=1.0, guidance=None)
+        with switched_off(transformer):
+            drawn = generate(family, transformer, prompted, noise, STEPS).cpu()
+        write_tensors(file, {key: drawn})
+    return [
+        Sample(
+            latents=latents,
+            conditioning=conditioning[place : place + 1].to("cpu", conditioning.embeds.dtype),
+            mask=torch.ones_like(latents[:1]),
+            key=f"own/{place}/{prompts[place]}",
+        )
+        for place, latents in enumerate(drawn)
+    ]
+
+
+def _kept(file: Path, key: str) -> torch.Tensor | None:
+    return load(file.read_bytes()).get(key) if file.is_file() else None

@@ -1,0 +1,168 @@
+"""What a run sees of itself: the loss on held-out pictures, what the base forgets, copies, previews, and the verdict.
+
+Law: looking changes nothing. It goes through the weights that are shown, draws no number that training draws, and what
+it concludes is read off metrics.jsonl, so a run that was stopped and went on concludes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flux2_lora.dataset.pictures import open_picture
+from flux2_lora.families import ModelFamily
+from flux2_lora.inference.previews import Preview, Previewer
+from flux2_lora.networks.features import load_features
+from flux2_lora.training.averaging import shown
+from flux2_lora.training.encoding import CachedSamples
+from flux2_lora.training.memorisation import Likeness, latent_features, likeness
+from flux2_lora.training.ranking import STOP_AFTER, Row, Verdict, verdict
+from flux2_lora.training.state import TrainState
+from flux2_lora.training.step import Sample
+from flux2_lora.training.tracking import Metrics, console, read_metrics
+from flux2_lora.training.validation import ValidationSpec, validate
+
+Features = Callable[[Sequence[Image.Image]], Tensor]
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """held_out: pictures to validate on; own: what the base draws by itself; last: the run's last step."""
+
+    family: ModelFamily
+    spec: ValidationSpec
+    device: torch.device
+    last: int
+    metrics: Metrics
+    previewer: Previewer | None
+    held_out: Sequence[Sample]
+    own: Sequence[Sample]
+    training_set: Likeness | None
+    features: Features | None
+    rows: list[Row] = field(default_factory=list)
+    evaluated: bool = False
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the evaluations so far say."""
+        return verdict(self.rows)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss."""
+        return self.verdict.best if self.verdict else None
+
+    @property
+    def newest_is_best(self) -> bool:
+        """Whether this step was evaluated and is the best so far."""
+        return self.evaluated and self.best_step == self.rows[-1]["step"]
+
+    @property
+    def enough(self) -> bool:
+        """Whether `patience` evaluations went by without a new best."""
+        found = self.verdict
+        return found is not None and 0 < self.spec.patience <= found.since
+
+    @property
+    def validation_loss(self) -> float | None:
+        """The latest."""
+        losses = [row["validation_loss"] for row in self.rows if "validation_loss" in row]
+        return losses[-1] if losses else None
+
+    def note(self, state: TrainState, **values: float) -> None:
+        """One row a step."""
+        skipped = {"skipped": state.skipped} if state.skipped else {}
+        self.metrics.write(state.step, **values, **skipped)
+
+    def look(self, state: TrainState) -> None:
+        """Validation and preview where their turn has come."""
+        step, preview = state.step, self.previewer.spec.every if self.previewer else 0
+        row: dict[str, float] = {}
+        with shown(state.optimizer, state.ema, list(state.parameters.values())):
+            if self.held_out and due(step, self.spec.every, self.last):
+                row |= self._validated(state)
+            if self.previewer is not None and due(step, preview, self.last):
+                row |= self._previewed(self.previewer, state)
+        if row:
+            self.metrics.write(step, **row)
+            self.rows.append({"step": step, **row})
+        self.evaluated = "validation_loss" in row
+        found = self.verdict if self.evaluated else None
+        if found is not None and found.since == STOP_AFTER:
+            console.print(f"step {step}: validation {row['validation_loss']:.3f}; {found.words}")
+
+    def _validated(self, state: TrainState) -> dict[str, float]:
+        found = validate(self.family, state.transformer, self.held_out, self.spec.sigmas, self.device)
+        if not self.own:
+            return found.row()
+        own = validate(self.family, state.transformer, self.own, self.spec.sigmas, self.device)
+        return {**found.row(), "base_style_loss": own.mean}
+
+    def _previewed(self, previewer: Previewer, state: TrainState) -> dict[str, float]:
+        """A preview that fails is said, and does not end the run."""
+        try:
+            preview = previewer.draw(state.transformer, state.step)
+        except (OSError, torch.OutOfMemoryError) as error:
+            console.print(f"no preview at step {state.step}: {error}")
+            return {}
+        self.metrics.picture(state.step, "preview", preview.grid)
+        return {} if self.training_set is None else {"nearest": self._nearest(self.training_set, preview)}
+
+    def _nearest(self, training_set: Likeness, preview: Preview) -> float:
+        """The mean likeness of the preview's pictures to their nearest training pictures."""
+        if self.features is None:
+            features = latent_features(list(preview.latents))
+        else:
+            features = self.features([Image.open(file) for file in preview.pictures])
+        return float(training_set.nearest(features).mean())
+
+
+def open_watch(
+    *,
+    family: ModelFamily,
+    spec: ValidationSpec,
+    device: torch.device,
+    last: int,
+    metrics: Metrics,
+    previewer: Previewer | None,
+    held_out: Sequence[Sample],
+    own: Sequence[Sample],
+    samples: CachedSamples,
+) -> Watch:
+    """A watch that knows the rows of the run so far; says how alike held-out pictures are to the training pictures."""
+    features = load_features(spec.features, torch.device("cpu")) if spec.features and previewer else None
+    training_set = None
+    if previewer is not None and spec.nearest:
+        records = {item.record: place for place, item in enumerate(samples.items)}
+        if features is None:
+            rows = latent_features([samples.still(place).latents for place in records.values()])
+        else:
+            rows = features([_picture(record.path) for record in records])
+        training_set = likeness(rows)
+    return Watch(
+        family=family,
+        spec=spec,
+        device=device,
+        last=last,
+        metrics=metrics,
+        previewer=previewer,
+        held_out=held_out,
+        own=own,
+        training_set=training_set,
+        features=features,
+        rows=[row for row in read_metrics(metrics.path) if "loss" not in row],
+    )
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """At step 0, every `every` steps and at the end; never where `every` is 0."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def _picture(path: Path) -> Image.Image:
+    return open_picture(path).image

@@ -1,0 +1,88 @@
+"""Several processes, on one machine or many, that train as one: each computes its share of every batch.
+
+Only the adapters have gradients, so one exchange a step of a few dozen MB is all that they say to each other: the mean
+of the gradients, of the loss, and whether one of them was told to stop. The frozen base is whole in each of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from torch import Tensor
+
+from flux2_lora.errors import UserError
+
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run as Accelerate has set them up."""
+
+    accelerator: Accelerator
+
+    @property
+    def count(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    @contextmanager
+    def first_one_first(self) -> Iterator[None]:
+        """The first process runs the body, then the others do, who find its files."""
+        with self.accelerator.main_process_first():
+            yield
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor over the processes; the same in all of them."""
+        if self.count == 1:
+            return tensor
+        mean: Tensor = self.accelerator.reduce(tensor, reduction="mean")
+        return mean
+
+    def agreed(self, flag: bool) -> bool:  # noqa: FBT001 - the flag is what is exchanged
+        """Whether any of the processes says so; each must ask."""
+        return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
+
+
+def open_processes(device: torch.device, expected: int | None) -> Processes:
+    """Join the processes that torchrun or `accelerate launch` started; UserError unless there are as many as asked for.
+
+    `accelerate launch --cpu --num_processes 2` starts one process and says nothing, hence `expected`.
+    """
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if device.type == "cuda" else "no",
+        # The first process may encode pictures for hours while the others wait for it.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
+    )
+    if accelerator.distributed_type in _SHARDED:
+        raise UserError(
+            f"{accelerator.distributed_type} would shard the base, and quantised weights are not sharded",
+            "launch with torchrun, or accelerate launch --multi_gpu: each process holds the whole base",
+        )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched or (expected is not None and accelerator.num_processes != expected):
+        raise UserError(
+            f"this run has {accelerator.num_processes} processes, and {expected or launched} were asked for",
+            f"launch it with torchrun --nproc-per-node {expected or launched} -m flux2_lora train ...",
+        )
+    return Processes(accelerator)

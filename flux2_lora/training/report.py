@@ -1,0 +1,37 @@
+"""What a run says of itself in one line each: how it draws noise levels, how long it will take."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from flux2_lora.flow import TimestepSpec, part_below, sigma_above
+
+_BINS = 16
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def noise_levels(spec: TimestepSpec, mu: float) -> str:
+    """A histogram of the density from sigma 0 to 1, and its median: "0 ▁▂▅█▆▃▁ 1, median 0.62"."""
+    low, high = (part_below(spec, mu, sigma) for sigma in (spec.min_sigma, spec.max_sigma))
+    edges = [min(max(place / _BINS, spec.min_sigma), spec.max_sigma) for place in range(_BINS + 1)]
+    below = [part_below(spec, mu, edge) for edge in edges]
+    parts = [(after - before) / (high - low) for before, after in pairwise(below)]
+    bars = "".join(_BARS[round(part / max(parts) * (len(_BARS) - 1))] if part > 0 else " " for part in parts)
+    median = float(sigma_above(spec, mu, torch.tensor((low + high) / 2)))
+    return f"0 {bars} 1, median {median:.2f}"
+
+
+def estimate(step_s: float, steps_left: int, peak_bytes: int) -> str:
+    """How long a run will take by the steps seen so far, evaluations and previews aside."""
+    return (
+        f"{step_s:.2f} s a step, {duration(step_s * steps_left)} for {steps_left} steps, {peak_bytes / 2**30:.1f} GiB"
+    )
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
