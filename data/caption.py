@@ -26,7 +26,7 @@ from flux2_lora.errors import UserError
 from flux2_lora.files import write_text
 from flux2_lora.networks.captioners import load_captioner
 from flux2_lora.options import option
-from flux2_lora.training.tracking import console
+from flux2_lora.training.progress import console
 
 
 @dataclass(frozen=True, kw_only=True)

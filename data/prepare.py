@@ -21,7 +21,7 @@ from flux2_lora.devices import pick_device
 from flux2_lora.families import ModelSpec, load_family, open_model
 from flux2_lora.options import option
 from flux2_lora.training.encoding import Encoder, encode_samples, prune_cache, texts_of
-from flux2_lora.training.tracking import console
+from flux2_lora.training.progress import console
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,15 @@ import inspect
 import itertools
 import json
 import keyword
+import os
 import re
+import shutil
 import sys
 import traceback
 import typing
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -54,7 +57,7 @@ _SWEEP_FLAGS = ("-m", "--multirun")
 _INTERRUPTED, _REQUEUED = (130, 143), (-1, 144)
 _LONGEST = 32  # signs of a swept value in a folder's name
 # Hydra's ways to write the values of a sweep, besides a,b.
-_SWEEP_FUNCTION = re.compile(r"(choices?|range|interval|glob|shuffle|sort|tag)\(.*\)$")
+_SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)$")
 
 OmegaConf.register_new_resolver("times", lambda factor, value: float(f"{factor * value:.6g}"), replace=True)
 OmegaConf.register_new_resolver("share", lambda place: str(share() / place), replace=True)
@@ -316,21 +319,34 @@ def _sweep(
 
     Exits with 1 where a run failed, with 2 where each was refused for its options.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--multirun runs in one process", "torchrun is for single runs; leave out one of the two")
     options = [_literal(a, _schema_of(run), sweep=True) for a in arguments if a not in _SWEEP_FLAGS]
     hydras = [option for option in options if option.startswith(("hydra.", "hydra/"))]
     options = [option for option in options if option not in hydras]
     with hydra.initialize_config_dir(config_dir=str(share() / "configs"), version_base="1.3"):
         runs = _planned(program, options, _schema_of(run))
         page = _sweep_page(program, options, hydras)
-        folder = Path(page.hydra.sweep.dir)
-        print(f"sweep of {len(runs)} runs; what concerns all of them is in {folder}")
+        folder, logs = Path(page.hydra.sweep.dir), page.hydra.launcher.get("submitit_folder")
+        new = not folder.exists()
+        print(f"sweep of {len(runs)} runs" + (f"; they log to {Path(logs).parent}" if logs else ""))
         ended = _launched(page, runs, _Job(run=run, sweep=folder, total=len(runs)))
     runs = [dataclasses.replace(one, failure=end.failure) for one, end in zip(runs, ended, strict=True)]
-    if after is not None and any(one.folder.is_dir() for one in runs):
+    began, refused = any(one.folder.is_dir() for one in runs), all(end.code == 2 for end in ended)
+    if after is not None and began:
         after(runs, folder)
+    if refused and new and not began:
+        _forget(folder)
     if any(one.failure for one in runs):
         print(_failures(runs), file=sys.stderr)
-        sys.exit(2 if all(end.code == 2 for end in ended) else 1)
+        sys.exit(2 if refused else 1)
+
+
+def _forget(folder: Path) -> None:
+    """Wrong input leaves nothing behind."""
+    shutil.rmtree(folder)
+    with suppress(OSError):
+        folder.parent.rmdir()  # stays where it holds anything
 
 
 def _failures(runs: Sequence[SweptRun]) -> UserError:
@@ -341,7 +357,7 @@ def _failures(runs: Sequence[SweptRun]) -> UserError:
             names.setdefault(run.failure, []).append(run.name)
     count = sum(map(len, names.values()))
     told = "; ".join(f"{listed(same)} ({reason})" for reason, same in names.items())
-    hint = "the same command takes them up again, and what is done ends at once"
+    hint = "the same command tries them again; runs that are done end at once"
     return UserError(f"{count} of {len(runs)} runs failed: {told}", hint)
 
 
@@ -355,7 +371,7 @@ def _planned(program: str, options: Sequence[str], schema: type[Any]) -> list[Sw
         chosen = dict(zip(choices, values, strict=True))
         overrides = tuple(f"{key}={value}" for key, value in chosen.items())
         spec = _typed(_composed(program, overrides), schema)
-        tells = {label: chosen[key].strip("'\"") for key, label in labels.items()}
+        tells = {label: _unquoted(chosen[key]) for key, label in labels.items()}
         name = "-".join([getattr(spec, "name", program), *(f"{key}={_safe(text)}" for key, text in tells.items())])
         place = Path(getattr(spec, "output_dir", "outputs")).expanduser()
         runs[overrides] = SweptRun(name=name, folder=place, options=tells, overrides=overrides)
@@ -380,6 +396,11 @@ def _values(override: Override) -> list[str]:
     if override.is_sweep_override():
         return list(override.sweep_string_iterator())
     return [override.get_value_element_as_str()]
+
+
+def _unquoted(value: str) -> str:
+    """['attention','mlp'] -> [attention,mlp]"""
+    return re.sub(r"""(^|(?<=[\[,]))['"]|['"]($|(?=[],]))""", "", value)
 
 
 def _labels(keys: Sequence[str]) -> dict[str, str]:
@@ -439,7 +460,7 @@ class _Job:
 
     def __call__(self, composed: DictConfig) -> _Ended:
         number = HydraConfig.get().job.num
-        print(f"run {number + 1} of {self.total}: {composed.get('name', 'no name')}")
+        print(f"run {number + 1} of {self.total}" + (f": {composed.name}" if "name" in composed else ""))
         ended = self._ended(composed)
         write_text(_report(self.sweep, number), json.dumps(dataclasses.asdict(ended)))
         gc.collect()  # a model that lingers in a cycle would be missing from the memory of the next run
@@ -500,18 +521,24 @@ def _launched(page: DictConfig, runs: Sequence[SweptRun], job: _Job) -> list[_En
         return [result.return_value for result in results]
     except RuntimeError as error:
         if not any(kind.__name__ == "UncompletedJobError" for kind in type(error).__mro__):
-            raise UserError(f"hydra/launcher: {str(error).splitlines()[0]}", "leave it out to run here") from error
-        print(error, file=sys.stderr)  # submitit waits no longer when one job was killed; others may have ended well
+            return [_Ended(code=2, failure=f"hydra/launcher: {str(error).splitlines()[0]}")] * len(runs)
+        print(error, file=sys.stderr)
+        _wait_for_the_others(error)
         return [_reported(_report(job.sweep, number)) for number in range(len(runs))]
 
 
+def _wait_for_the_others(error: RuntimeError) -> None:
+    """submitit's launcher raises at the first job that was killed, and keeps the jobs to itself."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for job in frame.f_locals.get("jobs", []):
+            job.wait()
+
+
 def _reported(report: Path) -> _Ended:
-    """What a job left word of before its launcher gave up."""
+    """What a job left word of, when its launcher gave up."""
     if report.is_file():
         return _Ended(**json.loads(report.read_text(encoding="utf-8")))
-    return _Ended(
-        code=1, failure=f"no word from its job: killed, or running still; see {report.parents[1] / '.submitit'}"
-    )
+    return _Ended(code=1, failure="killed, without a word")
 
 
 def _literal(argument: str, schema: type, *, sweep: bool = False) -> str:
@@ -535,7 +562,7 @@ def _literal_value(value: str, kind: Any) -> str:
         return _quoted(value)
     if value.startswith("[") and value.endswith("]"):
         return f"[{','.join(_quoted(item) for item in _items(value[1:-1]))}]"
-    return value
+    return value if "," in value else _quoted(value)
 
 
 def _quoted(text: str) -> str:

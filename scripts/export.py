@@ -20,7 +20,7 @@ from flux2_lora.errors import UserError, did_you_mean
 from flux2_lora.export import export_universal, header, table
 from flux2_lora.families import ModelSpec, load_family
 from flux2_lora.options import option
-from flux2_lora.training.tracking import console
+from flux2_lora.training.progress import console
 
 FORMATS = ("universal",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -24,7 +24,7 @@ from flux2_lora.inference.pipeline import Prompted, generate, initial_noise
 from flux2_lora.inference.session import Session, encode_prompts, open_session
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec
-from flux2_lora.training.tracking import console
+from flux2_lora.training.progress import console
 
 
 @dataclass(frozen=True, kw_only=True)

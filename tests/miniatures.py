@@ -6,6 +6,7 @@ small as that allows. A new family adds one entry to `MINIATURES`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -281,3 +282,7 @@ MINIATURES: Mapping[str, Miniature] = {
         call={"guidance_scale": 0.0},
     ),
 }
+
+
+if __name__ == "__main__":  # python -m tests.miniatures flux2_klein FOLDER
+    MINIATURES[sys.argv[1]].build(Path(sys.argv[2]))

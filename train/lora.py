@@ -68,6 +68,7 @@ from flux2_lora.training.optimizers import (
     set_rate,
 )
 from flux2_lora.training.processes import Processes, open_processes
+from flux2_lora.training.progress import StepBar, console, peak_bytes
 from flux2_lora.training.ranking import ranked_table, verdict
 from flux2_lora.training.report import estimate, noise_levels
 from flux2_lora.training.state import (
@@ -81,7 +82,7 @@ from flux2_lora.training.state import (
     save_checkpoint,
 )
 from flux2_lora.training.step import Batch, Draws, Place, Sample, average_gradients, batches, share_of, training_loss
-from flux2_lora.training.tracking import LoggerSpec, Metrics, StepBar, console, peak_bytes, read_metrics
+from flux2_lora.training.tracking import LoggerSpec, Metrics, read_metrics, refuse_missing
 from flux2_lora.training.validation import ValidationSpec
 
 # A resumed run may differ in these without being asked for it.
@@ -408,6 +409,7 @@ def refuse_other_facts(config: TrainConfig, data: Data) -> None:
 def refuse_contradictions(config: TrainConfig, device: torch.device) -> None:
     """UserError for options that contradict each other, before anything is looked for."""
     refuse_mixtures(config.optimizer, device)
+    refuse_missing(config.logger)
     for entry in config.adapter.targets:
         parse_ranked(entry)
     low, high = config.timesteps.min_sigma, config.timesteps.max_sigma

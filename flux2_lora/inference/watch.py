@@ -21,10 +21,11 @@ from flux2_lora.networks.features import load_features
 from flux2_lora.training.averaging import shown
 from flux2_lora.training.encoding import CachedSamples
 from flux2_lora.training.memorisation import Likeness, latent_features, likeness
+from flux2_lora.training.progress import console
 from flux2_lora.training.ranking import STOP_AFTER, Row, Verdict, verdict
 from flux2_lora.training.state import TrainState
 from flux2_lora.training.step import Sample
-from flux2_lora.training.tracking import Metrics, console, read_metrics
+from flux2_lora.training.tracking import Metrics, read_metrics
 from flux2_lora.training.validation import ValidationSpec, validate
 
 Features = Callable[[Sequence[Image.Image]], Tensor]

@@ -34,8 +34,8 @@ from flux2_lora.families import Model
 from flux2_lora.files import FileDigests, digest
 from flux2_lora.flow import generator
 from flux2_lora.latents import Posterior
+from flux2_lora.training.progress import console, counted
 from flux2_lora.training.step import Sample
-from flux2_lora.training.tracking import console, counted
 
 Job = tuple[Record, Crop]
 

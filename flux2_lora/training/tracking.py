@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl for machines, one line or a bar for people, a tracker where it is wanted.
+"""What a run tells machines: metrics.jsonl, and a tracker where one is wanted.
 
 Law: a tracker never ends a run. What goes wrong there is said once, and metrics.jsonl goes on without it.
 """
@@ -7,33 +7,26 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import secrets
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-import psutil
-import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from flux2_lora.errors import UserError
-from flux2_lora.files import write_text
+from flux2_lora.files import room_for, write_text
 from flux2_lora.options import option
+from flux2_lora.training.progress import console
 
 if TYPE_CHECKING:
     import wandb
-
-Item = TypeVar("Item")
-console = Console(highlight=False, markup=False, soft_wrap=True)
 
 # A run starts online in 1 to 2 s; on a dead network wandb would wait 90 s at its start and for ever at its end.
 _START_S = 30
@@ -75,8 +68,8 @@ class Metrics:
             self._tracker = _open_tracker(spec, path.parent, name=name, config=config, resumed_at=resumed_at)
 
     def write(self, step: int, **values: float) -> None:
-        with _naming(self.path), self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        with _naming(self.path), room_for(self.path, 1 << 10), self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **{name: _number(value) for name, value in values.items()}}) + "\n")
         with self._spared():
             if self._tracker is not None:
                 self._tracker.scalars(step, values)
@@ -235,6 +228,11 @@ def _run_id(file: Path, resumed_at: int) -> str:
     return file.read_text()
 
 
+def _number(value: float) -> float | None:
+    """JSON knows no number that is not finite."""
+    return value if math.isfinite(value) else None
+
+
 def _in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
 
@@ -257,56 +255,3 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             continue
     return rows
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Memory in bytes: the most allocated so far on a CUDA device, resident now in this process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    memory = psutil.Process().memory_info()
-    return int(getattr(memory, "peak_wset", memory.rss))
-
-
-def counted(what: str, items: Iterable[Item], total: int) -> Iterator[Item]:
-    """`items`, with a bar on a terminal; elsewhere a line every half minute, and one at the end."""
-    columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
-    began = told = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        for number, item in enumerate(items, start=1):
-            yield item
-            bar.advance(task)
-            now = time.monotonic()
-            if not console.is_terminal and (now - told > 30 or number == total):
-                told = now
-                console.print(f"{number} of {total} {what}, {now - began:.0f} s")
-
-
-class StepBar:
-    """A progress bar on a terminal; plain lines, a tenth of the run apart, elsewhere."""
-
-    def __init__(self, total: int, done: int) -> None:
-        self.total, self.live = total, console.is_terminal
-        columns = (TextColumn("training"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=console)
-        self._task: TaskID = self._bar.add_task("", total=total, completed=done, text="", visible=self.live)
-
-    def __enter__(self) -> Self:
-        if self.live:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.live:
-            self._bar.stop()
-
-    def update(self, step: int, *, loss: float, validation: float | None, step_s: float, peak: int) -> None:
-        parts = [f"loss {loss:.3f}", f"{step_s:.2f} s/step", f"{peak / 2**30:.1f} GiB"]
-        if validation is not None:
-            parts.insert(1, f"validation {validation:.3f}")
-        text = "  ".join(parts)
-        self._bar.update(self._task, completed=step, text=text)
-        if not self.live and (step % max(self.total // 10, 1) == 0 or step == self.total):
-            console.print(f"step {step}/{self.total}  {text}  {(self.total - step) * step_s:.0f} s left")

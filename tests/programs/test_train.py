@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from flux2_lora.training.tracking import StepBar
+from flux2_lora.training.progress import StepBar
 from tests.conftest import Command
 from tests.programs.conftest import SHORT
 

@@ -301,6 +301,12 @@ def test_what_a_folder_leaves_out_is_as_the_class_has_it(kind: str, built: Path,
     torch.testing.assert_close(load(folder)(PICTURES), expected(kind, folder, PICTURES), rtol=1e-4, atol=1e-4)
 
 
+def test_a_path_may_start_at_home(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(built))
+    monkeypatch.setenv("USERPROFILE", str(built))
+    assert load_features("~/dinov2", CPU)([picture(0)]).shape == (1, 16)
+
+
 def test_a_folder_that_is_not_there_says_what_to_download() -> None:
     nowhere = refusal("nowhere/at/all")
     assert nowhere.what == "validation.features=nowhere/at/all: there is no such folder"

@@ -1,0 +1,204 @@
+"""What the training loop costs beside its mathematics: seconds a step and memory, ours against others.
+
+    python scripts/bench_loop.py
+    python scripts/bench_loop.py --model KLEIN_FOLDER --official train_dreambooth_lora_flux2_klein.py
+
+`bare` is a plain PyTorch loop of the same mathematics (draw, mix, forward, backward, clip, AdamW) over tensors that lie
+in memory; it logs nothing and saves nothing. `official` is the example script of Diffusers, given as a file, on the
+same folder of pictures and with adapters on the same projections; it needs torchvision. A klein folder to try it on is
+what `python -m tests.miniatures flux2_klein FOLDER` writes. Each loop runs in a process of its own, in turns; a figure
+is the median step of its round, the ratio the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from flux2_lora import cli
+from flux2_lora.bundled import share
+from flux2_lora.devices import largest_resident
+
+WARM = 5
+PROJECTIONS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out", "to_qkv_mlp_proj"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--model", help="a Diffusers folder of FLUX.2 klein; the bundled model where there is none")
+    parser.add_argument("--official", help="Diffusers' example script, which trains klein")
+    parser.add_argument("--only", choices=RUNS, help=argparse.SUPPRESS)
+    wanted = parser.parse_args()
+    if wanted.only:
+        RUNS[wanted.only](wanted)
+        return
+    others = ["bare"] if wanted.official is None else ["official"]
+    rounds: list[dict[str, dict[str, float]]] = []
+    for _ in range(wanted.rounds):
+        rounds.append({name: measured(name) for name in ("ours", *others)})
+        print(json.dumps(rounds[-1]), flush=True)
+    print(f"\n{wanted.rounds} rounds of {wanted.steps} steps of {wanted.batch}, {torch.get_num_threads()} threads\n")
+    print("| loop | seconds a step | peak memory, GB | ours / it |")
+    print("|---|---|---|---|")
+    for name in ("ours", *others):
+        ratio = median(one["ours"]["step_s"] / one[name]["step_s"] for one in rounds)
+        seconds, peak = (median(one[name][key] for one in rounds) for key in ("step_s", "peak"))
+        print(f"| {name} | {seconds:.4f} | {peak / 1e9:.2f} | {ratio:.3f} |")
+
+
+def measured(name: str) -> dict[str, float]:
+    """Run one of the loops in a process of its own, as this one was called."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = subprocess.run(
+            [sys.executable, Path(__file__).resolve(), *sys.argv[1:], "--only", name],
+            cwd=folder,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if told.returncode:
+        raise SystemExit(told.stdout[-2000:] + told.stderr[-4000:])
+    result: dict[str, float] = json.loads(told.stdout.splitlines()[-1])
+    return result
+
+
+def tell(moments: list[float]) -> None:
+    """The median step between moments, without those in which things still warm up."""
+    steps = [after - before for before, after in zip(moments[WARM:], moments[WARM + 1 :], strict=False)]
+    print(json.dumps({"step_s": median(steps), "peak": largest_resident()}))
+
+
+def options(wanted: argparse.Namespace) -> list[str]:
+    """Of a run that does nothing but train; a checkpoint only at its end."""
+    model = ["model=flux2_klein_base_4b", f"model.path={wanted.model}"] if wanted.model else []
+    folder = share() / "data" / "demo"
+    return [
+        *(*model, f"dataset.folder={folder}", "dataset.resolution=64", "name=bench", "device=cpu"),
+        *(f"max_steps={wanted.steps}", f"batch_size={wanted.batch}", "precision.base=fp32", "adapter.rank=16"),
+        *("checkpoint_every=100000", "validation.every=0", "preview.every=0"),
+    ]
+
+
+def ours(wanted: argparse.Namespace) -> None:
+    """The program, from the end of one step to the end of the next: its loader, its log and its bar included."""
+    from flux2_lora.training.progress import StepBar
+
+    moments: list[float] = []
+    shown = StepBar.update
+
+    def update(bar: StepBar, step: int, **values: Any) -> None:
+        shown(bar, step, **values)
+        moments.append(time.perf_counter())
+
+    StepBar.update = update  # type: ignore[assignment, method-assign]
+    cli.main(["train", *options(wanted)])
+    tell(moments)
+
+
+def bare(wanted: argparse.Namespace) -> None:
+    """The same mathematics and nothing else, on the tensors that the program cached."""
+    from flux2_lora.adapters import AdapterSpec, attach, trainable
+    from flux2_lora.conditioning import Conditioning
+    from flux2_lora.families import ModelSpec, open_model
+    from flux2_lora.flow import linear_mu
+    from flux2_lora.quantize import PrecisionSpec, load_frozen
+
+    latents, embeds = cached(wanted)
+    path = wanted.model or str(share() / "data" / "tiny")
+    family = "flux2_klein" if wanted.model else "flux2_small"
+    model = open_model(ModelSpec(family=family, path=path, title="bench", architecture_name="bench"))
+    transformer = load_frozen(model, PrecisionSpec(base="fp32"), torch.device("cpu"))
+    attach(transformer, "flux2", AdapterSpec(rank=16), seed=0)
+    parameters = list(trainable(transformer).values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
+    stretch = torch.tensor(linear_mu(latents.shape[2] * latents.shape[3])).exp()
+    moments: list[float] = []
+    for _ in range(wanted.steps):
+        picked = torch.randint(len(latents), (wanted.batch,))
+        z, noise = latents[picked], torch.randn(wanted.batch, *latents.shape[1:])
+        sigmas = torch.sigmoid(torch.randn(wanted.batch))
+        sigmas = stretch * sigmas / (1 + (stretch - 1) * sigmas)
+        level = sigmas.view(-1, 1, 1, 1)
+        noisy = (1 - level) * z + level * noise
+        predicted = model.family.velocity(transformer, noisy, sigmas, Conditioning(embeds=embeds[picked]))
+        (predicted - (noise - z)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        moments.append(time.perf_counter())
+    tell(moments)
+
+
+def cached(wanted: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents [n c h w] and text states [n s d] of the pictures, by the program that prepares them."""
+    from safetensors.torch import load_file
+
+    cli.main(["prepare", *(o for o in options(wanted) if o.startswith(("model", "dataset", "name", "device")))])
+    cache = Path("outputs/cache")
+    latents = torch.stack([load_file(file)["mean"] for file in sorted((cache / "latents").rglob("*.safetensors"))])
+    texts = [load_file(file)["embeds"] for file in sorted((cache / "texts").rglob("*.safetensors"))]
+    return latents, torch.stack(texts[: len(latents)]).float()
+
+
+def official(wanted: argparse.Namespace) -> None:
+    """Diffusers' example, from one update of its bar to the next."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    pictures = Path("pictures")
+    pictures.mkdir()
+    for file in sorted((share() / "data" / "demo").glob("*.png")):
+        (pictures / file.name).symlink_to(file)
+    moments: list[float] = []
+    shown = tqdm.update
+
+    def update(bar: Any, count: int = 1) -> Any:
+        if bar.desc.startswith("Steps"):
+            moments.append(time.perf_counter())
+        return shown(bar, count)
+
+    tqdm.update = update
+    singles = json.loads((Path(wanted.model) / "transformer/config.json").read_text())["num_single_layers"]
+    layers = [*PROJECTIONS, *(f"single_transformer_blocks.{number}.attn.to_out" for number in range(singles))]
+    sys.argv = [
+        *(wanted.official, "--pretrained_model_name_or_path", wanted.model, "--instance_data_dir", str(pictures)),
+        *("--instance_prompt", "a drawing", "--resolution", "64", "--output_dir", "out", "--rank", "16"),
+        *("--lora_alpha", "16", "--lora_layers", ",".join(layers), "--train_batch_size", str(wanted.batch)),
+        *(
+            "--max_train_steps",
+            str(wanted.steps),
+            "--cache_latents",
+            "--mixed_precision",
+            "no",
+            "--lr_warmup_steps",
+            "0",
+        ),
+        *("--text_encoder_out_layers", "9", "18", "27", "--checkpointing_steps", "100000", "--skip_final_inference"),
+        *("--optimizer", "AdamW", "--learning_rate", "1e-4"),
+    ]
+    runpy.run_path(wanted.official, run_name="__main__")
+    tell(moments)
+
+
+RUNS: dict[str, Callable[[argparse.Namespace], None]] = {"ours": ours, "bare": bare, "official": official}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Two real processes train as one with twice the batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import DistributedType
+from safetensors.torch import load_file
+
+from flux2_lora.errors import UserError
+from flux2_lora.training import processes
+from tests.conftest import Command
+
+COMMON = ("device=cpu", "max_steps=5", "preview.every=0", "validation.every=5", "validation.most=2", "name=shared")
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_from_twice_the_batch(command: Command, tmp_path: Path) -> None:
+    """Five steps of 24 pictures by 5, so the last batch of the epoch is short, and one process has less to do."""
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"),
+            *("-m", "flux2_lora", "train", *COMMON, "batch_size=3", "processes=2", "output_dir=two"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    assert "on cpu and 1 more" in launched.stdout
+    assert launched.stdout.count("checks passed") == 1
+    assert command("train", *COMMON, "batch_size=6", "output_dir=one").code == 0
+
+    both = [load_file(f"{name}/shared/checkpoints/step-000005/adapter.safetensors") for name in ("one", "two")]
+    for name, tensor in both[0].items():
+        torch.testing.assert_close(both[1][name], tensor, rtol=2e-3, atol=2e-5)
+    losses = [
+        [json.loads(line) for line in Path(f"{name}/shared/metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    pairs = list(zip(*losses, strict=True))
+    assert [one["step"] for one, _ in pairs] == [two["step"] for _, two in pairs]
+    assert [two.get("loss") for _, two in pairs] == [
+        None if one.get("loss") is None else pytest.approx(one["loss"], rel=1e-4) for one, _ in pairs
+    ]
+
+
+def test_sharded_bases_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = SimpleNamespace(distributed_type=DistributedType.FSDP, num_processes=2)
+    monkeypatch.setattr(processes, "Accelerator", lambda **_: fake)
+    with pytest.raises(UserError, match="quantised weights are not sharded"):
+        processes.open_processes(torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize(("found", "launched", "expected"), [(1, "2", None), (1, "1", 2), (2, "2", 4)])
+def test_another_number_of_processes_than_was_asked_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch, found: int, launched: str, expected: int | None
+) -> None:
+    fake = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, num_processes=found)
+    monkeypatch.setattr(processes, "Accelerator", lambda **_: fake)
+    monkeypatch.setenv("WORLD_SIZE", launched)
+    with pytest.raises(UserError, match=f"this run has {found} processes"):
+        processes.open_processes(torch.device("cpu"), expected)
