@@ -80,6 +80,7 @@ from flux2_lora.training.state import (
     prune_checkpoints,
     restore,
     save_checkpoint,
+    set_aside,
 )
 from flux2_lora.training.step import Batch, Draws, Place, Sample, average_gradients, batches, share_of, training_loss
 from flux2_lora.training.tracking import LoggerSpec, Metrics, read_metrics, refuse_missing
@@ -191,8 +192,9 @@ def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Dat
         if processes.first:
             memory.save()
             save_resolved(config, run / "run.yaml")
-            if checkpoint is None:
+            if config.resume == "never":
                 delete_all(run)
+            set_aside(run, checkpoint.step if checkpoint else 0)
 
         encoder = Encoder(model, cache, processes.device, background=config.dataset.background)
         encoder.encode_texts(all_texts(config, [*found.training, *found.validation]))
@@ -276,7 +278,8 @@ def learn(config: TrainConfig, run: Path, data: Data, state: TrainState, process
         workers=config.loader_workers,
         pinned=device.type == "cuda",
     )
-    enough = stopping = False
+    enough = watch is not None and watch.enough
+    stopping = processes.agreed(enough)
     with Interrupt() as interrupt, StepBar(config.max_steps, start) as bar:
         while state.step < config.max_steps and not stopping:
             began = time.perf_counter()

@@ -164,6 +164,15 @@ def delete_all(run: Path) -> None:
         _delete(folder)
 
 
+def set_aside(run: Path, after: int) -> None:
+    """Rename checkpoints of later steps, damaged ones say: a run that goes on before them must not meet them again."""
+    for folder in (run / "checkpoints").glob("step-*"):
+        if folder.name > _folder(run, after).name:
+            aside = folder.with_name(f"aside-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+
+
 def _delete(folder: Path) -> None:
     """Under another name first: a folder that is half deleted is not met as a damaged checkpoint."""
     old = folder.with_name(f".{folder.name.strip('.')}.old")

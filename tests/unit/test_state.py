@@ -23,6 +23,7 @@ from flux2_lora.training.state import (
     prune_checkpoints,
     restore,
     save_checkpoint,
+    set_aside,
 )
 from tests.runs import adapter_of, built, step
 
@@ -105,6 +106,21 @@ def test_a_run_that_is_begun_again_keeps_no_checkpoint_of_the_old_one(
     (tmp_path / "checkpoints/.step-000003.part").mkdir()
     delete_all(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_later_checkpoints_are_out_of_the_way_of_a_run_that_goes_on_before_them(
+    state: TrainState, family: ModelFamily, tmp_path: Path
+) -> None:
+    save(tmp_path, state, family, 1, 2, 3)
+    (tmp_path / "checkpoints/step-000003/state.json").write_text("{}")
+    set_aside(tmp_path, 1)
+    save(tmp_path, state, family, 2)
+    prune_checkpoints(tmp_path, keep_last=1, best=None)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "step-000002",
+        "aside-step-000002",
+        "aside-step-000003",
+    }
 
 
 def test_numbers_that_are_not_finite_are_never_saved(state: TrainState, family: ModelFamily, tmp_path: Path) -> None:
