@@ -39,10 +39,12 @@ from flux2_lora.errors import RunError, UserError, listed
 from flux2_lora.export import export_universal, header, table
 from flux2_lora.families import Model, ModelFamily, ModelSpec, load_family, open_model
 from flux2_lora.flow import LossSpec, TimestepSpec
+from flux2_lora.inference.comparison import compare
 from flux2_lora.inference.own import own_samples
 from flux2_lora.inference.pictures import to_pictures
 from flux2_lora.inference.previews import Previewer, PreviewSet, PreviewSpec
 from flux2_lora.inference.watch import Watch, due, open_watch
+from flux2_lora.networks.features import Features, load_features
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec, load_frozen, stored_bytes
 from flux2_lora.targets import numbers_of, parse_ranked, resolve
@@ -68,7 +70,7 @@ from flux2_lora.training.optimizers import (
     set_rate,
 )
 from flux2_lora.training.processes import Processes, open_processes
-from flux2_lora.training.progress import StepBar, console, peak_bytes
+from flux2_lora.training.progress import StepBar, console, forget_peak, peak_bytes
 from flux2_lora.training.ranking import ranked_table, verdict
 from flux2_lora.training.report import estimate, noise_levels
 from flux2_lora.training.state import (
@@ -142,13 +144,15 @@ class TrainConfig:
     loader_workers: int = option(0, at_least=0)
 
 
-@program("train")
+@program("train", after_sweep=compare)
 def train(config: TrainConfig) -> None:
     processes = open_processes(pick_device(config.device), config.processes)
     console.quiet = not processes.first
     run = Path(config.output_dir).expanduser() / config.name
     with claimed(run) if processes.first else nullcontext():
         data = look_and_encode(config, run, processes)
+        if data is None:
+            return
         state = build(config, data, processes)
         learn(config, run, data, state, processes)
         if processes.first:
@@ -168,12 +172,16 @@ class Data:
     samples: CachedSamples
     held_out: Sequence[Sample]
     scene: PreviewSet
+    features: Features | None
     checkpoint: Checkpoint | None
     facts: Mapping[str, Any]
 
 
-def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Data:
-    """Check everything before anything is written, then encode: later phases read cached tensors only."""
+def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Data | None:
+    """Check everything before anything is written, then encode: later phases read cached tensors only.
+
+    None for a run that has nothing left to do.
+    """
     family = load_family(config.model.family)
     refuse_contradictions(config, processes.device)
     with processes.first_one_first():
@@ -181,7 +189,15 @@ def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Dat
         memory, step_px = Memory(cache / "pictures.json"), family.pixels_per_token
         found = scan(config.dataset, seed=config.seed, step=step_px, memory=memory, cache=cache, report=skipped)
         checkpoint = where_to_start(config, run)
+        if checkpoint is not None and checkpoint.step >= config.max_steps and exported(config, run).is_file():
+            console.print(
+                f"{config.name} has its {config.max_steps} steps; raise max_steps, or begin again: resume=never"
+            )
+            summary(config, run)
+            return None
         model = open_model(config.model, to_train=True)
+        compared = config.validation.nearest and config.preview.every and config.validation.features
+        features = load_features(config.validation.features, torch.device("cpu")) if compared else None
         refuse_what_would_do_nothing(config, model, found.training)
         console.print(
             f"{config.name}: {len(found.training)} pictures, {len(found.validation)} held out, on {processes.device}"
@@ -212,6 +228,7 @@ def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Dat
         samples=samples,
         held_out=held_out,
         scene=scene,
+        features=features,
         checkpoint=checkpoint,
         facts={"data": data_digest(samples), "processes": processes.count},
     )
@@ -222,6 +239,7 @@ def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Dat
 def build(config: TrainConfig, data: Data, processes: Processes) -> TrainState:
     """The base, quantised and frozen, the adapter beside its projections, and seconds of checks before hours."""
     model, family, device = data.model, data.model.family, processes.device
+    forget_peak(device)
     transformer = load_frozen(model, config.precision, device)
     draws = draws_of(config, family)
     batch = tried = None
@@ -352,13 +370,12 @@ def take_step(
 
 def export(config: TrainConfig, run: Path, data: Data, state: TrainState) -> None:
     """One file for ComfyUI, Forge and Diffusers, re-read and proven; then what was learned and what comes next."""
-    file = run / "export" / f"{config.name}.safetensors"
     adapter = adapter_of(config, data, state)
     proofs = export_universal(
         adapter.state,
         adapter.rank,
         adapter.alpha,
-        file,
+        exported(config, run),
         architecture=data.model.family.architecture,
         dtype=torch.float32,
         header=header(
@@ -373,7 +390,12 @@ def export(config: TrainConfig, run: Path, data: Data, state: TrainState) -> Non
         ),
     )
     console.print(table(proofs))
-    summary(config, run, file)
+    summary(config, run)
+
+
+def exported(config: TrainConfig, run: Path) -> Path:
+    """The file that a run ends in."""
+    return run / "export" / f"{config.name}.safetensors"
 
 
 def where_to_start(config: TrainConfig, run: Path) -> Checkpoint | None:
@@ -512,6 +534,7 @@ def watch_of(config: TrainConfig, run: Path, data: Data, state: TrainState, devi
         previewer=previewer,
         held_out=data.held_out,
         samples=data.samples,
+        features=data.features,
         own=own_samples(
             data.model.family,
             state.transformer,
@@ -536,7 +559,7 @@ def adapter_of(config: TrainConfig, data: Data, state: TrainState) -> Adapter:
     )
 
 
-def summary(config: TrainConfig, run: Path, exported: Path) -> None:
+def summary(config: TrainConfig, run: Path) -> None:
     """What was learned, which checkpoint is best, where everything lies, and the next command."""
     rows = read_metrics(run / "metrics.jsonl")
     losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
@@ -553,7 +576,7 @@ def summary(config: TrainConfig, run: Path, exported: Path) -> None:
         console.print(f"best      step {judged.best}, {judged.loss:.3f}{told if best.is_dir() else ''}")
     console.print(f"grid      {newest or 'previews are off (preview.every=0)'}")
     console.print(f"adapter   {last.folder if last else run}")
-    console.print(f"export    {exported}")
+    console.print(f"export    {exported(config, run)}")
     if config.dataset.folder == bundled_folder():
         console.print(
             "next      flux2-lora train dataset.folder=~/pictures/mine dataset.trigger_word=mystyle name=mine"

@@ -97,17 +97,17 @@ def markdown(results: Sequence[Result], picture: Path | None, title: str) -> str
 
 def sheet(results: Sequence[Result]) -> Section | None:
     """Prompts as rows; the base and the best runs as columns. None where no run has drawn a preview."""
-    shown = [(number, result) for number, result in enumerate(results, start=1) if _pictures(result.run)]
-    shown = shown[:_MOST_COLUMNS]
+    found = [(number, result.run, _last_preview(result.run)) for number, result in enumerate(results, start=1)]
+    shown = [(number, run, place) for number, run, place in found if place is not None][:_MOST_COLUMNS]
     if not shown:
         return None
-    drawn = [_pictures(result.run) for _, result in shown]
-    bases = [_pictures_at(result.run, 0) for _, result in shown]
-    count = max(map(len, drawn))
-    texts = _texts(shown[0][1].run, count)
-    rows = [(texts[row], [_opened(files, row) for files in (bases[0], *drawn)]) for row in range(count)]
-    same = len({tuple(file.read_bytes() for file in files) for files in bases}) == 1
-    heads = [f"{number}: {_told(result.run)}" for number, result in shown]
+    bases = [_preview_at(run, 0) for _, run, _ in shown]
+    places = [bases[0], *(place for *_, place in shown)]
+    count = 1 + max(int(file.stem) for place in places for file in _pictures(place))
+    texts = _texts(shown[0][1], count)
+    rows = [(texts[row], [_opened(place / f"{row:04d}.png") for place in places]) for row in range(count)]
+    same = len({tuple(file.read_bytes() for file in _pictures(base)) for base in bases}) == 1
+    heads = [f"{number}: {_told(run)}" for number, run, _ in shown]
     return Section(columns=["base" if same else f"base of {shown[0][0]}", *heads], rows=rows)
 
 
@@ -170,22 +170,28 @@ def _told(run: Run) -> str:
     return ", ".join(f"{key}={value}" for key, value in run.options.items()) or run.name
 
 
-def _pictures(run: Run) -> list[Path]:
-    """The pictures of the last preview after the base, in the order of the prompts."""
+def _last_preview(run: Run) -> Path | None:
+    """The folder of the last preview that has pictures, the base's apart."""
     steps = sorted(int(place.name.removeprefix("step-")) for place in (run.folder / "previews").glob("step-*/"))
-    return next(filter(None, (_pictures_at(run, step) for step in reversed(steps) if step > 0)), [])
+    places = (_preview_at(run, step) for step in reversed(steps) if step > 0)
+    return next(filter(_pictures, places), None)
 
 
-def _pictures_at(run: Run, step: int) -> list[Path]:
-    return sorted((run.folder / "previews" / f"step-{step:06d}").glob("[0-9]*.png"))
+def _preview_at(run: Run, step: int) -> Path:
+    return run.folder / "previews" / f"step-{step:06d}"
 
 
-def _opened(files: Sequence[Path], index: int) -> Image.Image:
+def _pictures(place: Path) -> list[Path]:
+    """The pictures of a preview, which are named by the rows of its prompts."""
+    return sorted(place.glob("[0-9][0-9][0-9][0-9].png"))
+
+
+def _opened(file: Path) -> Image.Image:
     """A picture, or the word that there is none; a file cut short by a crash is none."""
     try:
-        with Image.open(files[index]) as picture:
+        with Image.open(file) as picture:
             return picture.convert("RGB")
-    except (IndexError, OSError):
+    except OSError:
         return _none()
 
 

@@ -6,18 +6,17 @@ it concludes is read off metrics.jsonl, so a run that was stopped and went on co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from flux2_lora.dataset.pictures import open_picture
 from flux2_lora.families import ModelFamily
 from flux2_lora.inference.previews import Preview, Previewer
-from flux2_lora.networks.features import load_features
+from flux2_lora.networks.features import Features
 from flux2_lora.training.averaging import shown
 from flux2_lora.training.encoding import CachedSamples
 from flux2_lora.training.memorisation import Likeness, latent_features, likeness
@@ -27,8 +26,6 @@ from flux2_lora.training.state import TrainState
 from flux2_lora.training.step import Sample
 from flux2_lora.training.tracking import Metrics, read_metrics
 from flux2_lora.training.validation import ValidationSpec, validate
-
-Features = Callable[[Sequence[Image.Image]], Tensor]
 
 
 @dataclass(kw_only=True)
@@ -134,9 +131,9 @@ def open_watch(
     held_out: Sequence[Sample],
     own: Sequence[Sample],
     samples: CachedSamples,
+    features: Features | None,
 ) -> Watch:
-    """A watch that knows the rows of the run so far; says how alike held-out pictures are to the training pictures."""
-    features = load_features(spec.features, torch.device("cpu")) if spec.features and previewer else None
+    """A watch that knows the rows of the run so far. features: what to compare pictures by; None for VAE latents."""
     training_set = None
     if previewer is not None and spec.nearest:
         records = {item.record: place for place, item in enumerate(samples.items)}

@@ -114,7 +114,7 @@ _MAKERS: Mapping[str, Maker] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
     "paged_adamw8bit": _adamw8bit,
-    "prodigy": _from_extra("Prodigy", bias_correction=True, safeguard_warmup=True),
+    "prodigy": _from_extra("Prodigy", bias_correction=True, d0=1e-5),
     "schedule_free": _from_extra("ScheduleFreeAdamW"),
     # Its own scaling by the weights' size would hold B, which starts at 0, near 0.
     "adafactor": _from_extra("AdaFactor", scale_parameter=False, relative_step=False, betas=(None, 0.999)),

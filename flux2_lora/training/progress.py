@@ -24,6 +24,12 @@ def peak_bytes(device: torch.device) -> int:
     return int(getattr(memory, "peak_wset", memory.rss))
 
 
+def forget_peak(device: torch.device) -> None:
+    """Count the most allocated from here on: an earlier run in this process is none of a later one's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def counted(what: str, items: Iterable[Item], total: int) -> Iterator[Item]:
     """`items`, with a bar on a terminal; elsewhere a line every half minute, and one at the end."""
     columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())

@@ -123,3 +123,26 @@ def test_sigterm_ends_the_run_after_a_checkpoint_to_go_on_from(
     assert "stopped after step 2" in stopped.out
     assert command("train", *SHORT, "name=stopped").code == 0
     assert same(adapter_of(Path("outputs/stopped"), 4), adapter_of(trained, 4))
+
+
+def test_evaluations_tell_what_is_forgotten_and_how_near_the_pictures_are(trained: Path) -> None:
+    measured = [row for row in rows_of(trained) if "validation_loss" in row]
+    assert all({"base_style_loss", "nearest"} <= row.keys() for row in measured)
+    assert all(row["base_style_loss"] < row["validation_loss"] for row in measured)
+    assert all(-1 <= row["nearest"] <= 1 for row in measured)
+
+
+def test_pictures_can_be_compared_by_an_image_encoder_at_hand(command: Command, tmp_path: Path) -> None:
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "dino")
+    processor = BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor.save_pretrained(tmp_path / "dino")
+    options = ("max_steps=1", "batch_size=2", "preview.every=1", "preview.steps=2", "validation.every=0", "device=cpu")
+    assert command("train", *options, f"validation.features={tmp_path / 'dino'}", "name=seen", "checks=false").code == 0
+    near = [row["nearest"] for row in rows_of(Path("outputs/seen")) if "nearest" in row]
+    assert len(near) == 2
+    refused = command("train", *options, f"validation.features={tmp_path / 'nothing'}", "name=blind")
+    assert refused.code == 2
+    assert "validation.features" in refused.err

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flux2_lora.config import SweptRun
 from flux2_lora.inference.comparison import compare, measured, sheet
+from flux2_lora.sweeps import SweptRun
 
 GREY, RED, BLUE = "#808080", "#ff0000", "#0000ff"
 MakeRun = Callable[..., SweptRun]
@@ -83,7 +83,7 @@ def test_a_run_that_got_worse_is_not_as_good_as_its_base(make_run: MakeRun) -> N
 
 
 def test_a_loss_that_is_no_number_is_not_the_best(make_run: MakeRun) -> None:
-    assert measured(make_run("nan", {0: 2.0, 10: 1.5, 20: float("nan")})).best == 1.5
+    assert measured(make_run("nan", {0: 2.0, 10: float("nan"), 20: 1.5})).best == 1.5
 
 
 def test_a_run_without_validation_or_previews_says_so(make_run: MakeRun, tmp_path: Path) -> None:
@@ -133,12 +133,16 @@ def test_a_run_that_drew_only_its_base_is_not_in_the_sheet(make_run: MakeRun) ->
     assert sheet([measured(make_run("early", {0: 1.0}, {0: [GREY]}))]) is None
 
 
-def test_a_preview_cut_short_leaves_a_cell_without_a_picture(make_run: MakeRun, tmp_path: Path) -> None:
-    run = make_run("cut", {0: 2.0, 5: 1.0}, {0: [GREY], 5: [RED, RED]})
+def test_a_preview_that_is_missing_or_cut_short_leaves_its_own_cell_without_a_picture(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run("cut", {0: 2.0, 5: 1.0}, {0: [GREY, GREY, GREY], 5: [RED, RED, BLUE]})
+    (run.folder / "previews/step-000000/0001.png").unlink()
     cut = run.folder / "previews/step-000005/0001.png"
     cut.write_bytes(cut.read_bytes()[:40])
     compare([run], tmp_path)
     assert colours_of(tmp_path / "comparison.png", 1, 2) == [(242, 242, 242), (242, 242, 242)]
+    assert colours_of(tmp_path / "comparison.png", 2, 2) == [(128, 128, 128), (0, 0, 255)]
 
 
 def test_an_earlier_sheet_does_not_stay_beside_a_newer_table(make_run: MakeRun, tmp_path: Path) -> None:

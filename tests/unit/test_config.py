@@ -17,10 +17,11 @@ from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 from submitit.core.utils import UncompletedJobError
 
-from flux2_lora import config
+from flux2_lora import config, sweeps
 from flux2_lora.bundled import share
-from flux2_lora.config import SweptRun, _Ended, _Job, _literal, _sweep_page
+from flux2_lora.config import literal
 from flux2_lora.errors import RunError, UserError
+from flux2_lora.sweeps import SweptRun, _Ended, _Job, _sweep_page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Schema:
 
 def parsed(argument: str) -> object:
     """The value that Hydra makes of an argument after ours."""
-    override = OverridesParser.create().parse_override(_literal(argument, Schema))
+    override = OverridesParser.create().parse_override(literal(argument, Schema))
     return override.value()
 
 
@@ -91,7 +92,7 @@ def test_a_value_arrives_as_it_was_typed(argument: str, value: object) -> None:
     ],
 )
 def test_in_a_sweep_commas_part_values_unless_they_are_quoted(argument: str, values: list[object]) -> None:
-    override = OverridesParser.create().parse_override(_literal(argument, Schema, sweep=True))
+    override = OverridesParser.create().parse_override(literal(argument, Schema, sweep=True))
     found = override.sweep_iterator() if override.is_sweep_override() else [override._value]
     assert [override._convert_value(value) for value in found] == values
 
@@ -109,7 +110,7 @@ def test_in_a_sweep_commas_part_values_unless_they_are_quoted(argument: str, val
     ],
 )
 def test_a_swept_value_becomes_a_part_of_a_folders_name(value: str, part: str) -> None:
-    found = config._safe(value)
+    found = sweeps._safe(value)
     assert found.removesuffix(found.partition("+")[2]) == part
     assert len(found) <= 40
 
@@ -124,21 +125,21 @@ def test_a_swept_value_becomes_a_part_of_a_folders_name(value: str, part: str) -
     ],
 )
 def test_a_swept_value_is_shown_without_the_quotes_that_hydra_needs(value: str, shown: str) -> None:
-    assert config._unquoted(value) == shown
+    assert sweeps._unquoted(value) == shown
 
 
 def test_two_long_values_with_equal_ends_have_different_names() -> None:
-    one, other = (config._safe(f"/home/jo/pictures/{place}/of/a/long/way/rome") for place in ("here", "there"))
+    one, other = (sweeps._safe(f"/home/jo/pictures/{place}/of/a/long/way/rome") for place in ("here", "there"))
     assert one != other
 
 
 def test_options_are_called_by_their_last_word_unless_two_share_it() -> None:
-    assert config._labels(["optimizer.lr", "lora@adapter", "seed"]) == {
+    assert sweeps._labels(["optimizer.lr", "lora@adapter", "seed"]) == {
         "optimizer.lr": "lr",
         "lora@adapter": "adapter",
         "seed": "seed",
     }
-    assert config._labels(["model.steps", "preview.steps"]) == {
+    assert sweeps._labels(["model.steps", "preview.steps"]) == {
         "model.steps": "model.steps",
         "preview.steps": "preview.steps",
     }
@@ -147,10 +148,10 @@ def test_options_are_called_by_their_last_word_unless_two_share_it() -> None:
 def test_runs_that_a_file_system_would_put_in_one_folder_are_told_apart() -> None:
     texts = ("'a b'", "'A-b'", "a_b", "other")
     runs = [
-        SweptRun(name=f"x-word={config._safe(text)}", folder=Path(), options={}, overrides=(f"word={text}",))
+        SweptRun(name=f"x-word={sweeps._safe(text)}", folder=Path(), options={}, overrides=(f"word={text}",))
         for text in texts
     ]
-    names = [run.name for run in config._distinct(runs, named=True)]
+    names = [run.name for run in sweeps._distinct(runs, named=True)]
     assert len({name.casefold() for name in names}) == 4
     assert names[3] == "x-word=other"
 
@@ -215,7 +216,7 @@ def test_a_job_finds_its_program_in_another_process() -> None:
     main = runpy.run_path(str(share() / "train/lora.py"), run_name="elsewhere")["train"]
     found = pickle.loads(pickle.dumps(_Job(run=main.__wrapped__, sweep=Path("a"), total=3)))
     assert (found.run.__name__, found.sweep, found.total, found.here) == ("train", Path("a"), 3, False)
-    assert config._schema_of(found.run).__name__ == "TrainConfig"
+    assert config.schema_of(found.run).__name__ == "TrainConfig"
 
 
 @pytest.mark.parametrize("launcher", ["submitit_slurm", "submitit_local"])
@@ -228,7 +229,7 @@ def test_a_cluster_writes_into_the_folder_of_the_sweep(launcher: str) -> None:
 
 def test_a_killed_job_does_not_hide_how_the_others_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def end() -> None:
-        config.write_text(config._report(tmp_path, 1), '{"code": 2, "failure": "no such folder"}')
+        sweeps.write_text(sweeps._report(tmp_path, 1), '{"code": 2, "failure": "no such folder"}')
 
     def launch(overrides: Any, initial_job_idx: int) -> None:
         jobs = [SimpleNamespace(wait=lambda: None), SimpleNamespace(wait=end)]
@@ -241,5 +242,5 @@ def test_a_killed_job_does_not_hide_how_the_others_ended(tmp_path: Path, monkeyp
         page = _sweep_page("train", [], [])
         monkeypatch.setattr(Plugins, "instantiate_launcher", lambda *_, **__: SimpleNamespace(launch=launch))
         job = _Job(run=lambda spec: None, sweep=tmp_path, total=2)
-        ended = config._launched(page, runs, job)
+        ended = sweeps._launched(page, runs, job)
     assert ended == [_Ended(code=1, failure="killed, without a word"), _Ended(code=2, failure="no such folder")]
