@@ -190,14 +190,12 @@ def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Dat
         found = scan(config.dataset, seed=config.seed, step=step_px, memory=memory, cache=cache, report=skipped)
         checkpoint = where_to_start(config, run)
         if checkpoint is not None and checkpoint.step >= config.max_steps and exported(config, run).is_file():
-            console.print(
-                f"{config.name} has its {config.max_steps} steps; raise max_steps, or begin again: resume=never"
-            )
+            console.print(f"{config.name} has its {config.max_steps} steps; raise max_steps, or set resume=never")
             summary(config, run)
             return None
         model = open_model(config.model, to_train=True)
-        compared = config.validation.nearest and config.preview.every and config.validation.features
-        features = load_features(config.validation.features, torch.device("cpu")) if compared else None
+        place = config.validation.features if config.validation.nearest and config.preview.every else None
+        features = load_features(place, torch.device("cpu")) if place else None
         refuse_what_would_do_nothing(config, model, found.training)
         console.print(
             f"{config.name}: {len(found.training)} pictures, {len(found.validation)} held out, on {processes.device}"
