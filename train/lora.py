@@ -198,8 +198,8 @@ def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Dat
         features = load_features(place, torch.device("cpu")) if place else None
         refuse_what_would_do_nothing(config, model, found.training)
         console.print(
-            f"{config.name}: {len(found.training)} pictures, {len(found.validation)} held out, on {processes.device}"
-            + (f" and {processes.count - 1} more" if processes.count > 1 else "")
+            f"{config.name}: {len(found.training)} pictures, {len(found.validation)} held out, on {processes.device.type}"
+            + (f" in {processes.count} processes" if processes.count > 1 else "")
         )
         for line in found.report(skipped):
             console.print(line)
