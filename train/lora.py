@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,10 +197,8 @@ def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Dat
         place = config.validation.features if config.validation.nearest and config.preview.every else None
         features = load_features(place, torch.device("cpu")) if place else None
         refuse_what_would_do_nothing(config, model, found.training)
-        console.print(
-            f"{config.name}: {len(found.training)} pictures, {len(found.validation)} held out, on {processes.device.type}"
-            + (f" in {processes.count} processes" if processes.count > 1 else "")
-        )
+        pictures = f"{len(found.training)} pictures, {len(found.validation)} held out"
+        console.print(f"{config.name}: {pictures}, on {processes.words}")
         for line in found.report(skipped):
             console.print(line)
         if processes.first:
@@ -296,7 +294,8 @@ def learn(config: TrainConfig, run: Path, data: Data, state: TrainState, process
     )
     enough = watch is not None and watch.enough
     stopping = processes.agreed(enough)
-    with Interrupt() as interrupt, StepBar(config.max_steps, start) as bar:
+    telling = closing(watch.metrics) if watch is not None else nullcontext()
+    with Interrupt() as interrupt, telling, StepBar(config.max_steps, start) as bar:
         while state.step < config.max_steps and not stopping:
             began = time.perf_counter()
             lr = learning_rate(config.optimizer, state.step, config.max_steps)
@@ -309,15 +308,13 @@ def learn(config: TrainConfig, run: Path, data: Data, state: TrainState, process
                 enough = watch.enough
             stopping = processes.agreed(bool(interrupt.signal) or enough or state.failing >= MOST_FAILURES)
             wanted = due(state.step, config.checkpoint_every, config.max_steps) or stopping
-            if watch is not None and (wanted or watch.newest_is_best):
+            if watch is not None and (wanted or (config.keep_best and watch.newest_is_best)):
                 data.encoder.keep()
                 watch.metrics.sync()
                 save_checkpoint(run, state, adapter_of(config, data, state), data.facts)
                 prune_checkpoints(run, config.keep_last, watch.best_step if config.keep_best else None)
             if state.step == start + 3:
                 console.print(f"at this rate: {estimate(step_s, config.max_steps - state.step, peak)}")
-    if watch is not None:
-        watch.metrics.close()
     if data.encoder.healed:
         console.print(f"{data.encoder.healed} damaged entries of the cache were made again")
     if state.failing >= MOST_FAILURES:

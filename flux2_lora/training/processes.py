@@ -45,6 +45,11 @@ class Processes:
         device: torch.device = self.accelerator.device
         return device
 
+    @property
+    def words(self) -> str:
+        """Where they compute: "cpu", "cuda in 2 processes"."""
+        return self.device.type + (f" in {self.count} processes" if self.count > 1 else "")
+
     @contextmanager
     def first_one_first(self) -> Iterator[None]:
         """The first process runs the body, then the others do, who find its files."""
