@@ -40,6 +40,8 @@ SWEEP_FLAGS = ("-m", "--multirun")
 # Hydra's ways to write the values of a sweep, besides a,b.
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)$")
 
+_given: list[str] = []
+
 OmegaConf.register_new_resolver("times", lambda factor, value: float(f"{factor * value:.6g}"), replace=True)
 OmegaConf.register_new_resolver("share", lambda place: str(share() / place), replace=True)
 
@@ -77,6 +79,7 @@ def program(
 
         @functools.wraps(run)  # a job of a sweep in another process finds `run` through it
         def main() -> None:
+            _given[:] = sys.argv[1:]
             flags = [argument.split("=")[0] for argument in sys.argv[1:] if argument.startswith("-")]
             if flags and set(flags) <= set(SWEEP_FLAGS):
                 from flux2_lora.sweeps import sweep  # needs this module
@@ -95,6 +98,11 @@ def program(
 
 def schema_of(run: Callable[[Any], None]) -> Any:
     return next(iter(typing.get_type_hints(run).values()))
+
+
+def arguments() -> list[str]:
+    """What the user wrote behind the command, before it was quoted for Hydra."""
+    return list(_given)
 
 
 def save_resolved(spec: Any, path: Path) -> None:

@@ -11,6 +11,7 @@ processes take turns. Runs on the bundled model, on a CPU, in a temporary folder
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()
+    import_everything()
     settings = [Setting(processes, workers) for processes in wanted.processes for workers in wanted.workers]
     dice = random.Random(wanted.seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -81,6 +83,21 @@ def main() -> None:
         differ += sum(runs[s].end != first.end for s in settings if s.processes == settings[0].processes)
         print(f"{wanted.kills - differ} of {wanted.kills} resumed runs end as the uninterrupted one")
     sys.exit(1 if differ else 0)
+
+
+def import_everything() -> None:
+    """What a run imports, so that its forks need not."""
+    for name in ("accelerate", "peft.tuners.lora", "hydra", "filelock", "rich.progress", "wandb", "yaml"):
+        importlib.import_module(name)
+    for module in ("inference.watch", "inference.own", "inference.comparison", "export", "training.processes"):
+        importlib.import_module(f"flux2_lora.{module}")
+    import diffusers
+    import transformers
+
+    for name in ("Flux2Transformer2DModel", "AutoencoderKLFlux2", "FlowMatchEulerDiscreteScheduler"):
+        getattr(diffusers, name)
+    for name in ("T5EncoderModel", "AutoTokenizer", "T5Config"):
+        getattr(transformers, name)
 
 
 class Reference:

@@ -29,7 +29,7 @@ import torch
 from flux2_lora.adapters import Adapter, AdapterSpec, attach, trainable
 from flux2_lora.buckets import batches_between, bucket_for
 from flux2_lora.caches import CacheSpec
-from flux2_lora.config import changed_options, program, read_resolved, save_resolved
+from flux2_lora.config import arguments, changed_options, program, read_resolved, save_resolved
 from flux2_lora.dataset import DatasetSpec, Record, preview_prompts, scan, trigger_words
 from flux2_lora.dataset.pictures import crop_to, open_picture
 from flux2_lora.dataset.seen import Memory
@@ -323,7 +323,7 @@ def learn(config: TrainConfig, run: Path, data: Data, state: TrainState, process
             f"the adapter of step {state.step - MOST_FAILURES} is kept in {run / 'checkpoints'}; lower optimizer.lr",
         )
     if stopping and not enough and state.step < config.max_steps:
-        again = shlex.join(["flux2-lora", "train", *sys.argv[1:]])
+        again = shlex.join(["flux2-lora", "train", *arguments()])
         console.print(f"stopped after step {state.step}; go on with\n  {again}")
         sys.exit(128 + (interrupt.signal or signal.SIGTERM))
 
@@ -577,7 +577,7 @@ def summary(config: TrainConfig, run: Path) -> None:
             "next      flux2-lora train dataset.folder=~/pictures/mine dataset.trigger_word=mystyle name=mine"
         )
     else:
-        model = [argument for argument in sys.argv[1:] if argument.startswith(("model=", "model."))]
+        model = [argument for argument in arguments() if argument.startswith(("model=", "model."))]
         sampled = shlex.join(["flux2-lora", "sample", *model, f"adapters=[{run}]", 'prompts=["a prompt"]'])
         console.print(f"next      {sampled}")
 

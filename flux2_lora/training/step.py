@@ -6,6 +6,7 @@ resumed run meets the same numbers as one that was never stopped, and two proces
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -134,12 +135,20 @@ def batches(
     loaded: Iterator[list[Sample]] = ([samples[item] for item in share.items] for share in shares)
     if workers:  # its processes are forked here, before a thread runs
         order = [list(share.items) for share in shares]
-        loaded = iter(DataLoader(samples, batch_sampler=order, num_workers=workers, collate_fn=list))
+        loader = DataLoader(
+            samples, batch_sampler=order, num_workers=workers, collate_fn=list, worker_init_fn=_outlive_ctrl_c
+        )
+        loaded = iter(loader)
     drawn = (
         draws.of(part, share, first_step + place)
         for place, (share, part) in enumerate(zip(shares, loaded, strict=True))
     )
     return running_ahead(batch.pinned() for batch in drawn) if pinned else running_ahead(drawn)
+
+
+def _outlive_ctrl_c(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the run still needs its batches to end the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def training_loss(family: ModelFamily, transformer: nn.Module, batch: Batch, spec: LossSpec | None = None) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -79,6 +81,35 @@ def test_killed_runs_go_on_as_if_they_had_not_been(tmp_path: Path) -> None:
         check=False,
     )
     assert "6 of 6 resumed runs end as the uninterrupted one" in proof.stdout, proof.stdout + proof.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_on_all_processes_of_a_terminal_ends_the_step_and_saves(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """With loader workers, which a terminal's Ctrl-C reaches as well; SIGTERM is sent to the run alone."""
+    options = (*QUICK, "max_steps=500", "loader_workers=2", "name=stopped")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "flux2_lora", "train", *options],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.startswith("at this rate"):
+            (os.killpg if number == signal.SIGINT else os.kill)(run.pid, number)
+            break
+    said = run.stdout.read()
+    assert run.wait() == code
+    step = int(said.partition("stopped after step ")[2].partition(";")[0])
+    assert shlex.join(["flux2-lora", "train"]) in said
+    assert "name=stopped" in said
+    found = latest_checkpoint(tmp_path / "outputs/stopped")
+    assert found is not None
+    assert found.step == step < 500
 
 
 def test_other_pictures_are_noticed_and_refused_until_allowed(command: Command, pictures: Path) -> None:
