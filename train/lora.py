@@ -27,11 +27,10 @@ from typing import Any
 import torch
 
 from flux2_lora.adapters import Adapter, AdapterSpec, attach, trainable
-from flux2_lora.buckets import batches_between, bucket_for
+from flux2_lora.buckets import batches_between
 from flux2_lora.caches import CacheSpec
 from flux2_lora.config import arguments, changed_options, program, read_resolved, save_resolved
 from flux2_lora.dataset import DatasetSpec, Record, preview_prompts, scan, trigger_words
-from flux2_lora.dataset.pictures import crop_to, open_picture
 from flux2_lora.dataset.seen import Memory
 from flux2_lora.dataset.spec import bundled_folder
 from flux2_lora.devices import pick_device
@@ -41,8 +40,7 @@ from flux2_lora.families import Model, ModelFamily, ModelSpec, load_family, open
 from flux2_lora.flow import LossSpec, TimestepSpec
 from flux2_lora.inference.comparison import compare
 from flux2_lora.inference.own import own_samples
-from flux2_lora.inference.pictures import to_pictures
-from flux2_lora.inference.previews import Previewer, PreviewSet, PreviewSpec
+from flux2_lora.inference.previews import Previewer, PreviewSet, PreviewSpec, preview_set
 from flux2_lora.inference.watch import Watch, due, open_watch
 from flux2_lora.networks.features import Features, load_features
 from flux2_lora.options import option
@@ -57,6 +55,7 @@ from flux2_lora.training.encoding import (
     data_digest,
     encode_samples,
     prune_cache,
+    still_samples,
     texts_of,
 )
 from flux2_lora.training.interrupt import Interrupt
@@ -71,8 +70,7 @@ from flux2_lora.training.optimizers import (
 )
 from flux2_lora.training.processes import Processes, open_processes
 from flux2_lora.training.progress import StepBar, console, forget_peak, peak_bytes
-from flux2_lora.training.ranking import ranked_table, verdict
-from flux2_lora.training.report import estimate, noise_levels
+from flux2_lora.training.report import estimate, noise_levels, summary
 from flux2_lora.training.state import (
     Checkpoint,
     TrainState,
@@ -85,7 +83,7 @@ from flux2_lora.training.state import (
     set_aside,
 )
 from flux2_lora.training.step import Batch, Draws, Place, Sample, average_gradients, batches, share_of, training_loss
-from flux2_lora.training.tracking import LoggerSpec, Metrics, read_metrics, refuse_missing
+from flux2_lora.training.tracking import LoggerSpec, Metrics, refuse_missing
 from flux2_lora.training.validation import ValidationSpec
 
 # A resumed run may differ in these without being asked for it.
@@ -191,7 +189,7 @@ def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Dat
         checkpoint = where_to_start(config, run)
         if checkpoint is not None and checkpoint.step >= config.max_steps and exported(config, run).is_file():
             console.print(f"{config.name} has its {config.max_steps} steps; raise max_steps, or set resume=never")
-            summary(config, run)
+            tell(config, run)
             return None
         model = open_model(config.model, to_train=True)
         place = config.validation.features if config.validation.nearest and config.preview.every else None
@@ -212,8 +210,9 @@ def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Dat
         encoder.encode_texts(all_texts(config, [*found.training, *found.validation]))
         preserve_class = config.loss.preserve_class if config.loss.preserve else None
         samples = encode_samples(encoder, found.training, config.dataset, config.seed, preserve_class)
-        held_out = validation_samples(config, encoder, found.validation)
-        scene = preview_set(config, encoder, [*found.validation, *found.training])
+        held_out = still_samples(encoder, found.validation[: config.validation.most], config.dataset, config.seed)
+        prompts, side = preview_prompts(config.dataset), max(config.dataset.resolution)
+        scene = preview_set(config.preview, prompts, encoder, [*found.validation, *found.training], side)
         prune_cache(config.cache, encoder)
         if config.loader_workers:
             encoder.verify()  # an encoder cannot run in a worker, so damage is mended before they start
@@ -385,12 +384,22 @@ def export(config: TrainConfig, run: Path, data: Data, state: TrainState) -> Non
         ),
     )
     console.print(table(proofs))
-    summary(config, run)
+    tell(config, run)
 
 
 def exported(config: TrainConfig, run: Path) -> Path:
     """The file that a run ends in."""
     return run / "export" / f"{config.name}.safetensors"
+
+
+def tell(config: TrainConfig, run: Path) -> None:
+    """What was learned, where it lies, and the next command."""
+    following = ["train", "dataset.folder=~/pictures/mine", "dataset.trigger_word=mystyle", "name=mine"]
+    if config.dataset.folder != bundled_folder():
+        model = [argument for argument in arguments() if argument.startswith(("model=", "model."))]
+        following = ["sample", *model, f"adapters=[{run}]", 'prompts=["a prompt"]']
+    for line in summary(run, exported(config, run), shlex.join(["flux2-lora", *following])):
+        console.print(line)
 
 
 def where_to_start(config: TrainConfig, run: Path) -> Checkpoint | None:
@@ -482,30 +491,6 @@ def all_texts(config: TrainConfig, records: Sequence[Record]) -> list[str]:
     return [*texts_of(records, preserve_class), *previews, *base_prompts(config)]
 
 
-def validation_samples(config: TrainConfig, encoder: Encoder, held_out: Sequence[Record]) -> list[Sample]:
-    """Held-out pictures, encoded as the training pictures are; empty where there are none."""
-    samples = encode_samples(encoder, held_out[: config.validation.most], config.dataset, config.seed)
-    return [samples.still(index) for index in range(len(samples)) if samples.items[index].repeat == 0]
-
-
-def preview_set(config: TrainConfig, encoder: Encoder, records: Sequence[Record]) -> PreviewSet:
-    """Prompts as the user gave them, or the captions of the first pictures; the first picture is the one edited."""
-    texts = list(config.preview.prompts) or preview_prompts(config.dataset) or [r.caption for r in records]
-    texts = texts[: config.preview.count]
-    side, edited = max(config.dataset.resolution), next((r for r in records if r.caption in texts), records[0])
-    keys = encoder.encode_texts([*texts, config.preview.negative_prompt, edited.caption])
-    height, width = bucket_for(side, side, side, encoder.model.family.pixels_per_token)
-    return PreviewSet(
-        texts=texts,
-        conditioning=encoder.conditioning([keys[text] for text in texts]).to(encoder.device, torch.float32),
-        negative=encoder.conditioning([keys[config.preview.negative_prompt]]).to(encoder.device, torch.float32),
-        height_px=height,
-        width_px=width,
-        edited=to_pictures(crop_to(open_picture(edited.path).image, height, width)[None])[0],
-        edited_conditioning=encoder.conditioning([keys[edited.caption]]).to(encoder.device, torch.float32),
-    )
-
-
 def watch_of(config: TrainConfig, run: Path, data: Data, state: TrainState, device: torch.device) -> Watch:
     """What looks at the run as it goes: trackers, validation, previews."""
     metrics = Metrics(
@@ -515,11 +500,11 @@ def watch_of(config: TrainConfig, run: Path, data: Data, state: TrainState, devi
         config=dataclasses.asdict(config),
         resumed_at=state.step,
     )
-    prompts, previewer = base_prompts(config), None
+    previewer = None
     if config.preview.every:
         vae, previews = data.model.load_vae(device), run / "previews"
         previewer = Previewer(data.model.family, vae, config.preview, data.scene, previews, config.name, device)
-    keys = data.encoder.encode_texts(prompts)
+    side, own = max(config.dataset.resolution), run / "base_style.safetensors"
     return open_watch(
         family=data.model.family,
         spec=config.validation,
@@ -530,16 +515,7 @@ def watch_of(config: TrainConfig, run: Path, data: Data, state: TrainState, devi
         held_out=data.held_out,
         samples=data.samples,
         features=data.features,
-        own=own_samples(
-            data.model.family,
-            state.transformer,
-            prompts,
-            data.encoder.conditioning([keys[prompt] for prompt in prompts]).to(device, torch.float32),
-            max(config.dataset.resolution),
-            run / "base_style.safetensors",
-        )
-        if prompts
-        else [],
+        own=own_samples(data.encoder, state.transformer, base_prompts(config), side, own),
     )
 
 
@@ -552,34 +528,6 @@ def adapter_of(config: TrainConfig, data: Data, state: TrainState) -> Adapter:
         family=data.model.family.name,
         trigger_word=trigger_words(data.records),
     )
-
-
-def summary(config: TrainConfig, run: Path) -> None:
-    """What was learned, which checkpoint is best, where everything lies, and the next command."""
-    rows = read_metrics(run / "metrics.jsonl")
-    losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
-    learned = "no validation pictures, so no validation loss"
-    if losses:
-        learned = f"validation loss {losses[0]:.3f} (base) -> {losses[-1]:.3f}, {losses[-1] / losses[0]:.2f} x"
-        console.print(ranked_table(rows, run))
-    newest = max((run / "previews").glob("step-*.png"), default=None)
-    last, judged = latest_checkpoint(run), verdict(rows)
-    console.print(f"learned   {learned}")
-    if judged is not None and last is not None and judged.best != last.step:
-        best = run / "checkpoints" / f"step-{judged.best:06d}"
-        told = f"; flux2-lora export adapter={best} output={run / 'export' / 'best.safetensors'}"
-        console.print(f"best      step {judged.best}, {judged.loss:.3f}{told if best.is_dir() else ''}")
-    console.print(f"grid      {newest or 'previews are off (preview.every=0)'}")
-    console.print(f"adapter   {last.folder if last else run}")
-    console.print(f"export    {exported(config, run)}")
-    if config.dataset.folder == bundled_folder():
-        console.print(
-            "next      flux2-lora train dataset.folder=~/pictures/mine dataset.trigger_word=mystyle name=mine"
-        )
-    else:
-        model = [argument for argument in arguments() if argument.startswith(("model=", "model."))]
-        sampled = shlex.join(["flux2-lora", "sample", *model, f"adapters=[{run}]", 'prompts=["a prompt"]'])
-        console.print(f"next      {sampled}")
 
 
 if __name__ == "__main__":

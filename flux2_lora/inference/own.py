@@ -14,37 +14,37 @@ from safetensors.torch import load
 from torch import nn
 
 from flux2_lora.adapters import switched_off
-from flux2_lora.conditioning import Conditioning
-from flux2_lora.families import ModelFamily
 from flux2_lora.files import digest, write_tensors
 from flux2_lora.inference.pipeline import Prompted, generate, initial_noise
+from flux2_lora.training.encoding import Encoder
 from flux2_lora.training.step import Sample
 
 STEPS, LONGEST_PX = 20, 512
 
 
 def own_samples(
-    family: ModelFamily,
-    transformer: nn.Module,
-    prompts: Sequence[str],
-    conditioning: Conditioning,
-    side_px: int,
-    file: Path,
+    encoder: Encoder, transformer: nn.Module, prompts: Sequence[str], side_px: int, file: Path
 ) -> list[Sample]:
     """One sample a prompt, drawn by the base under the adapter; kept in `file`, and read from it the next time."""
+    if not prompts:
+        return []
+    family = encoder.model.family
+    keys = encoder.encode_texts(prompts)
+    conditioning = encoder.conditioning([keys[prompt] for prompt in prompts])
     side = min(side_px, LONGEST_PX) // family.pixels_per_token * family.pixels_per_token
     key = digest(*prompts, str(side))
     drawn = _kept(file, key)
     if drawn is None:
-        noise = initial_noise(family, side, side, range(len(prompts))).to(conditioning.embeds.device)
-        prompted = Prompted(positive=conditioning, negative=conditioning[:1], cfg_scale=1.0, guidance=None)
+        there = conditioning.to(encoder.device, torch.float32)
+        noise = initial_noise(family, side, side, range(len(prompts))).to(encoder.device)
+        prompted = Prompted(positive=there, negative=there[:1], cfg_scale=1.0, guidance=None)
         with switched_off(transformer):
             drawn = generate(family, transformer, prompted, noise, STEPS).cpu()
         write_tensors(file, {key: drawn})
     return [
         Sample(
             latents=latents,
-            conditioning=conditioning[place : place + 1].to("cpu", conditioning.embeds.dtype),
+            conditioning=conditioning[place : place + 1],
             mask=torch.ones_like(latents[:1]),
             key=f"own/{place}/{prompts[place]}",
         )

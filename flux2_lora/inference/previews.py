@@ -14,13 +14,17 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from flux2_lora.buckets import bucket_for
 from flux2_lora.conditioning import Conditioning
+from flux2_lora.dataset import Record
+from flux2_lora.dataset.pictures import crop_to, open_picture
 from flux2_lora.families import ModelFamily
 from flux2_lora.inference.edit import Border, extend, inpaint
 from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.inference.pictures import to_pictures
 from flux2_lora.inference.pipeline import Prompted, generate, initial_noise
 from flux2_lora.options import option
+from flux2_lora.training.encoding import Encoder
 
 _MOST_COLUMNS = 5
 
@@ -50,6 +54,32 @@ class PreviewSet:
     width_px: int
     edited: Image.Image
     edited_conditioning: Conditioning
+
+
+def preview_set(
+    spec: PreviewSpec, prompts: Sequence[str], encoder: Encoder, records: Sequence[Record], side: int
+) -> PreviewSet:
+    """The prompts of `spec`, else `prompts`, else the captions of the first records; the first record is edited.
+
+    side: px of the square that is drawn.
+    """
+    texts = (list(spec.prompts) or list(prompts) or [record.caption for record in records])[: spec.count]
+    edited = next((record for record in records if record.caption in texts), records[0])
+    keys = encoder.encode_texts([*texts, spec.negative_prompt, edited.caption])
+    height, width = bucket_for(side, side, side, encoder.model.family.pixels_per_token)
+
+    def encoded(*of: str) -> Conditioning:
+        return encoder.conditioning([keys[text] for text in of]).to(encoder.device, torch.float32)
+
+    return PreviewSet(
+        texts=texts,
+        conditioning=encoded(*texts),
+        negative=encoded(spec.negative_prompt),
+        height_px=height,
+        width_px=width,
+        edited=to_pictures(crop_to(open_picture(edited.path).image, height, width)[None])[0],
+        edited_conditioning=encoded(edited.caption),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

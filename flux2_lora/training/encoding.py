@@ -293,6 +293,12 @@ def encode_samples(
     )
 
 
+def still_samples(encoder: Encoder, records: Sequence[Record], spec: DatasetSpec, seed: int) -> list[Sample]:
+    """Pictures to measure on: encoded as those to train on are, each once a bucket, and never drawn anew."""
+    samples = encode_samples(encoder, records, spec, seed)
+    return [samples.still(index) for index in range(len(samples)) if samples.items[index].repeat == 0]
+
+
 def data_digest(samples: CachedSamples) -> str:
     """Digest of everything that training takes from the data: what is drawn from, in its order, and what it counts."""
     parts = [
