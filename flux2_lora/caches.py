@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -97,6 +98,34 @@ class Pruned:
 
     entries: int
     size: int
+
+
+class Held:
+    """The entries that were used last, in memory up to `most_bytes`: reading and checking one again costs time."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes, self.size = most_bytes, 0
+        self._entries: OrderedDict[str, Mapping[str, Tensor]] = OrderedDict()
+
+    def get(self, key: str) -> Mapping[str, Tensor] | None:
+        """The entry, None where it is not held."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._entries.move_to_end(key)
+        return entry
+
+    def put(self, key: str, entry: Mapping[str, Tensor]) -> None:
+        """Hold an entry, and let go of those that were not used for longest."""
+        if key in self._entries:
+            return
+        self._entries[key] = entry
+        self.size += _bytes_of(entry)
+        while self.size > self.most_bytes:
+            self.size -= _bytes_of(self._entries.popitem(last=False)[1])
+
+
+def _bytes_of(entry: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in entry.values())
 
 
 def prune(folder: Path, *, max_bytes: float | None, max_age_s: float | None, keep: Collection[Path] = ()) -> Pruned:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from flux2_lora.options import option
 
 # FLUX.1 trained with mu linear in the number of packed tokens; FLUX.2's authors confirm it for fine-tuning.
 _TOKENS, _MU = (256, 4096), (0.5, 1.15)
+_NORMAL = NormalDist()
 
 
 WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
@@ -84,26 +86,30 @@ def shift_sigmas(sigmas: Tensor, mu: float) -> Tensor:
 def draw_sigma(spec: TimestepSpec, mu: float, stream: torch.Generator) -> float:
     """One noise level in (0, 1) from the density of `spec`, shifted by mu where the spec says so."""
     low, high = (part_below(spec, mu, sigma) for sigma in (spec.min_sigma, spec.max_sigma))
-    part = torch.special.ndtr(torch.randn(1, generator=stream).double())
-    return float(sigma_above(spec, mu, low + (high - low) * part))
+    part = _NORMAL.cdf(float(torch.randn(1, generator=stream)))
+    return sigma_above(spec, mu, low + (high - low) * part)
 
 
-def sigma_above(spec: TimestepSpec, mu: float, parts: Tensor) -> Tensor:
-    """The noise levels that have `parts` [n] in (0, 1) of the density, not yet cut to a range, below them."""
-    parts = parts.double()
-    logits = spec.mean + spec.std * torch.special.ndtri(parts)
-    sigmas = torch.sigmoid(logits) if spec.density == "logit_normal" else parts
-    return shift_sigmas(sigmas, mu) if spec.shift else sigmas
+def sigma_above(spec: TimestepSpec, mu: float, part: float) -> float:
+    """The noise level that has `part`, in (0, 1), of the density below it, before that is cut to a range."""
+    level = part
+    if spec.density == "logit_normal":
+        level = 1 / (1 + math.exp(-(spec.mean + spec.std * _NORMAL.inv_cdf(part))))
+    return _shifted(level, mu) if spec.shift else level
 
 
 def part_below(spec: TimestepSpec, mu: float, sigma: float) -> float:
-    """The part of the density, not yet cut to a range, that lies below sigma: the inverse of `sigma_above`."""
-    level = torch.tensor(sigma, dtype=torch.float64)
-    if spec.shift:
-        level = shift_sigmas(level, -mu)
-    if spec.density == "uniform":
-        return float(level)
-    return float(torch.special.ndtr((torch.logit(level) - spec.mean) / spec.std))
+    """The part of the density, before it is cut to a range, that lies below sigma: the inverse of `sigma_above`."""
+    level = _shifted(sigma, -mu) if spec.shift else sigma
+    if spec.density == "uniform" or level in (0, 1):
+        return level
+    return _NORMAL.cdf((math.log(level / (1 - level)) - spec.mean) / spec.std)
+
+
+def _shifted(sigma: float, mu: float) -> float:
+    """`shift_sigmas` of one number."""
+    stretch = math.exp(mu)
+    return stretch * sigma / (1 + (stretch - 1) * sigma)
 
 
 def loss_weights(weighting: str, sigmas: Tensor) -> Tensor:

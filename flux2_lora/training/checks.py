@@ -198,7 +198,7 @@ def noise_levels_are_the_models(subject: Subject) -> str | None:
     spec, tokens = subject.draws.density, (height // 16) * (width // 16)
     mu = _reference_mu(subject.model, tokens)
     low, high = (part_below(spec, mu, sigma) for sigma in (spec.min_sigma, spec.max_sigma))
-    expected = float(sigma_above(spec, mu, torch.tensor((low + high) / 2)))
+    expected = sigma_above(spec, mu, (low + high) / 2)
     share = share_of([(0, 0)], rank=0, processes=1)
     sample = subject.samples.still(0)
     sample = replace(sample, latents=sample.latents[:1])  # the noise itself does not matter

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
 
 from flux2_lora.ahead import ahead
-from flux2_lora.caches import CacheSpec, TensorCache, prune
+from flux2_lora.caches import CacheSpec, Held, TensorCache, prune
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.dataset import DatasetSpec, Record
 from flux2_lora.dataset.captions import without_trigger
@@ -38,6 +38,8 @@ from flux2_lora.training.progress import console, counted
 from flux2_lora.training.step import Sample
 
 Job = tuple[Record, Crop]
+HELD_BYTES = 256 << 20
+"""Of cached tensors in memory, in each process that loads them."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Encoder:
         self.texts = TensorCache(folder, "texts")
         self._jobs: dict[str, Job] = {}
         self._texts: dict[str, str] = {}
+        self._held = Held(HELD_BYTES)
 
     def encode_pictures(self, jobs: Sequence[Job]) -> list[str]:
         """Cache the posterior of each crop (and its mask) and return their keys, in order."""
@@ -79,16 +82,13 @@ class Encoder:
 
     def posterior(self, key: str) -> tuple[Posterior, Tensor]:
         """The cached posterior of a crop, [c h w], and its mask, [1 h w]."""
-        entry = self.latents.load(key)
-        if entry is None:
-            self._encode_pictures([_in_main_process(key)])
-            entry = _present(self.latents, key)
+        entry = self._entry(self.latents, key, self._encode_pictures)
         mask = entry.get("mask", torch.ones_like(entry["mean"][:1]))
         return Posterior(mean=entry["mean"], std=entry["std"]), mask
 
     def conditioning(self, keys: Sequence[str]) -> Conditioning:
         """Cached texts, stacked in the order of their keys."""
-        entries = [self._text(key) for key in keys]
+        entries = [self._entry(self.texts, key, self._encode_texts) for key in keys]
         pooled = torch.stack([entry["pooled"] for entry in entries]) if "pooled" in entries[0] else None
         return Conditioning(embeds=torch.stack([entry["embeds"] for entry in entries]), pooled=pooled)
 
@@ -174,11 +174,13 @@ class Encoder:
             pooled = {} if one.pooled is None else {"pooled": one.pooled[0]}
             self.texts.store(key, {"embeds": one.embeds[0], **pooled})
 
-    def _text(self, key: str) -> Mapping[str, Tensor]:
-        entry = self.texts.load(key)
+    def _entry(self, cache: TensorCache, key: str, encode: Callable[[Sequence[str]], None]) -> Mapping[str, Tensor]:
+        """An entry from memory or from the disk; made again where it is damaged or gone."""
+        entry = self._held.get(key) or cache.load(key)
         if entry is None:
-            self._encode_texts([_in_main_process(key)])
-            entry = _present(self.texts, key)
+            encode([_in_main_process(key)])
+            entry = _present(cache, key)
+        self._held.put(key, entry)
         return entry
 
 

@@ -65,6 +65,8 @@ class Processes:
 
     def agreed(self, flag: bool) -> bool:  # noqa: FBT001 - the flag is what is exchanged
         """Whether any of the processes says so; each must ask."""
+        if self.count == 1:
+            return flag
         return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 from flux2_lora.flow import TimestepSpec, part_below, sigma_above
 from flux2_lora.training.ranking import ranked_table, verdict
 from flux2_lora.training.state import latest_checkpoint
@@ -23,7 +21,7 @@ def noise_levels(spec: TimestepSpec, mu: float) -> str:
     below = [part_below(spec, mu, edge) for edge in edges]
     parts = [(after - before) / (high - low) for before, after in pairwise(below)]
     bars = "".join(_BARS[round(part / max(parts) * (len(_BARS) - 1))] if part > 0 else " " for part in parts)
-    median = float(sigma_above(spec, mu, torch.tensor((low + high) / 2)))
+    median = sigma_above(spec, mu, (low + high) / 2)
     return f"0 {bars} 1, median {median:.2f}"
 
 

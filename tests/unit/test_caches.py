@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux2_lora.caches import TensorCache, prune
+from flux2_lora.caches import Held, TensorCache, prune
 
 
 def entry() -> dict[str, Tensor]:
@@ -211,3 +211,16 @@ def test_an_unreadable_disk_is_not_taken_for_damage(cache: TensorCache, monkeypa
     with pytest.raises(OSError, match="Input/output"):
         cache.load(key)
     assert path.exists()
+
+
+def test_what_is_held_is_what_was_used_last_within_its_bytes() -> None:
+    held = Held(3 * 400)
+    for number in range(3):
+        held.put(str(number), {"x": torch.full((100,), float(number))})
+    assert held.get("0") is not None
+    held.put("3", {"x": torch.zeros(100)})
+    assert held.get("1") is None
+    assert [held.get(key) is not None for key in ("0", "2", "3")] == [True, True, True]
+    assert held.size == 1200
+    held.put("large", {"x": torch.zeros(10_000)})
+    assert held.size == 0

@@ -95,15 +95,14 @@ def test_drawn_noise_levels_have_the_density_and_stay_in_the_range(spec: Timeste
     assert levels.max() <= spec.max_sigma
     low, high = (part_below(spec, 0.8, edge) for edge in (spec.min_sigma, spec.max_sigma))
     for part in (0.1, 0.5, 0.9):
-        level = float(sigma_above(spec, 0.8, torch.tensor(low + part * (high - low))))
+        level = sigma_above(spec, 0.8, low + part * (high - low))
         assert float((levels < level).float().mean()) == pytest.approx(part, abs=0.03)
 
 
 @pytest.mark.parametrize("spec", DENSITIES)
 def test_the_part_below_is_the_inverse_of_the_level_above(spec: TimestepSpec) -> None:
-    parts = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
-    levels = sigma_above(spec, 1.1, parts)
-    assert [part_below(spec, 1.1, float(level)) for level in levels] == pytest.approx(parts.tolist(), abs=1e-6)
+    parts = [0.01, 0.2, 0.5, 0.77, 0.99]
+    assert [part_below(spec, 1.1, sigma_above(spec, 1.1, part)) for part in parts] == pytest.approx(parts)
 
 
 def test_a_density_that_is_not_cut_is_a_shifted_logit_normal() -> None:
