@@ -94,7 +94,7 @@ def options(wanted: argparse.Namespace) -> list[str]:
     return [
         *(*model, f"dataset.folder={folder}", "dataset.resolution=64", "name=bench", "device=cpu"),
         *(f"max_steps={wanted.steps}", f"batch_size={wanted.batch}", "precision.base=fp32", "adapter.rank=16"),
-        *("checkpoint_every=100000", "validation.every=0", "preview.every=0"),
+        *("checkpoint_every=100000", "validation.every=0", "preview.every=0", "checks=false"),
     ]
 
 
