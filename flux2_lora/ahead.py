@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
+import torch
+
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -39,8 +41,11 @@ def ahead(make: Callable[[Item], Made], items: Sequence[Item], workers: int | No
 
 
 def running_ahead(items: Iterator[Made], by: int = 2) -> Iterator[Made]:
-    """The same items in the same order, made up to `by` ahead of their use by one thread."""
-    pool, end = ThreadPoolExecutor(1), object()
+    """The same items in the same order, made up to `by` ahead of their use by one thread, on one core.
+
+    Threads of PyTorch that wait for work spin, and would take the cores from the step that is being computed.
+    """
+    pool, end = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)), object()
 
     def following() -> Made | object:
         return next(items, end)
