@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,12 +27,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from flux2_lora import cli
 from flux2_lora.bundled import share
 from flux2_lora.devices import largest_resident
 
-WARM = 5
+WARM, CAPTION = 5, "a drawing"
 PROJECTIONS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out", "to_qkv_mlp_proj"),
@@ -87,12 +89,21 @@ def tell(moments: list[float]) -> None:
     print(json.dumps({"step_s": median(steps), "peak": largest_resident()}))
 
 
-def options(wanted: argparse.Namespace) -> list[str]:
+def pictures() -> Path:
+    """The demo's pictures without their captions: all loops train them under CAPTION."""
+    folder = Path("pictures").resolve()
+    folder.mkdir()
+    for file in sorted((share() / "data" / "demo").glob("*.png")):
+        shutil.copy(file, folder)
+    return folder
+
+
+def options(wanted: argparse.Namespace, folder: Path) -> list[str]:
     """Of a run that does nothing but train; a checkpoint only at its end."""
     model = ["model=flux2_klein_base_4b", f"model.path={wanted.model}"] if wanted.model else []
-    folder = share() / "data" / "demo"
     return [
-        *(*model, f"dataset.folder={folder}", "dataset.resolution=64", "name=bench", "device=cpu"),
+        *(*model, f"dataset.folder={folder}", f"dataset.default_caption={CAPTION}", "dataset.holdout=0"),
+        *("dataset.resolution=64", "name=bench", "device=cpu"),
         *(f"max_steps={wanted.steps}", f"batch_size={wanted.batch}", "precision.base=fp32", "adapter.rank=16"),
         *("checkpoint_every=100000", "validation.every=0", "preview.every=0", "checks=false"),
     ]
@@ -110,7 +121,7 @@ def ours(wanted: argparse.Namespace) -> None:
         moments.append(time.perf_counter())
 
     StepBar.update = update  # type: ignore[assignment, method-assign]
-    cli.main(["train", *options(wanted)])
+    cli.main(["train", *options(wanted, pictures())])
     tell(moments)
 
 
@@ -123,6 +134,7 @@ def bare(wanted: argparse.Namespace) -> None:
     from flux2_lora.quantize import PrecisionSpec, load_frozen
 
     latents, embeds = cached(wanted)
+    assert len(latents) == len(embeds) > 0
     path = wanted.model or str(share() / "data" / "tiny")
     family = "flux2_klein" if wanted.model else "flux2_small"
     model = open_model(ModelSpec(family=family, path=path, title="bench", architecture_name="bench"))
@@ -149,24 +161,19 @@ def bare(wanted: argparse.Namespace) -> None:
 
 
 def cached(wanted: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents [n c h w] and text states [n s d] of the pictures, by the program that prepares them."""
-    from safetensors.torch import load_file
-
-    cli.main(["prepare", *(o for o in options(wanted) if o.startswith(("model", "dataset", "name", "device")))])
-    cache = Path("outputs/cache")
-    latents = torch.stack([load_file(file)["mean"] for file in sorted((cache / "latents").rglob("*.safetensors"))])
-    texts = [load_file(file)["embeds"] for file in sorted((cache / "texts").rglob("*.safetensors"))]
-    return latents, torch.stack(texts[: len(latents)]).float()
+    """Latents [n c h w] of the pictures and the states [n s d] of their caption, by the program that prepares them."""
+    kept = ("model", "dataset", "name", "device")
+    cli.main(["prepare", *(o for o in options(wanted, pictures()) if o.startswith(kept))])
+    files = {kind: sorted(Path("outputs/cache", kind).rglob("*.safetensors")) for kind in ("latents", "texts")}
+    latents = torch.stack([load_file(file)["mean"] for file in files["latents"]])
+    texts = [load_file(file)["embeds"] for file in files["texts"]]
+    return latents, torch.stack(texts[:1] * len(latents)).float()
 
 
 def official(wanted: argparse.Namespace) -> None:
     """Diffusers' example, from one update of its bar to the next."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    pictures = Path("pictures")
-    pictures.mkdir()
-    for file in sorted((share() / "data" / "demo").glob("*.png")):
-        (pictures / file.name).symlink_to(file)
     moments: list[float] = []
     shown = tqdm.update
 
@@ -179,8 +186,8 @@ def official(wanted: argparse.Namespace) -> None:
     singles = json.loads((Path(wanted.model) / "transformer/config.json").read_text())["num_single_layers"]
     layers = [*PROJECTIONS, *(f"single_transformer_blocks.{number}.attn.to_out" for number in range(singles))]
     sys.argv = [
-        *(wanted.official, "--pretrained_model_name_or_path", wanted.model, "--instance_data_dir", str(pictures)),
-        *("--instance_prompt", "a drawing", "--resolution", "64", "--output_dir", "out", "--rank", "16"),
+        *(wanted.official, "--pretrained_model_name_or_path", wanted.model, "--instance_data_dir", str(pictures())),
+        *("--instance_prompt", CAPTION, "--resolution", "64", "--output_dir", "out", "--rank", "16"),
         *("--lora_alpha", "16", "--lora_layers", ",".join(layers), "--train_batch_size", str(wanted.batch)),
         *(
             "--max_train_steps",

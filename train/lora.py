@@ -394,11 +394,11 @@ def exported(config: TrainConfig, run: Path) -> Path:
 
 def tell(config: TrainConfig, run: Path) -> None:
     """What was learned, where it lies, and the next command."""
-    following = ["train", "dataset.folder=~/pictures/mine", "dataset.trigger_word=mystyle", "name=mine"]
+    following = "flux2-lora train dataset.folder=~/pictures/mine dataset.trigger_word=mystyle name=mine"
     if config.dataset.folder != bundled_folder():
         model = [argument for argument in arguments() if argument.startswith(("model=", "model."))]
-        following = ["sample", *model, f"adapters=[{run}]", 'prompts=["a prompt"]']
-    for line in summary(run, exported(config, run), shlex.join(["flux2-lora", *following])):
+        following = shlex.join(["flux2-lora", "sample", *model, f"adapters=[{run}]", 'prompts=["a prompt"]'])
+    for line in summary(run, exported(config, run), following):
         console.print(line)
 
 
