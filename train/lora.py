@@ -453,7 +453,7 @@ def refuse_what_would_do_nothing(config: TrainConfig, model: Model, records: Seq
     family = model.family
     ranks = resolve(config.adapter.targets, family.architecture, model.projections(), config.adapter.rank)
     numbers_of(config.optimizer.block_lr, family.architecture, ranks, option="optimizer.block_lr")
-    if config.preview.guidance is not None and not model.takes_guidance():
+    if config.preview.guidance not in (None, config.model.guidance) and not model.takes_guidance():
         raise UserError(
             f"preview.guidance={config.preview.guidance:g} asks for a guidance embedding, which this model has not",
             "set preview.guidance=null, and preview.cfg_scale for true guidance",

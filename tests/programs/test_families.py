@@ -15,12 +15,12 @@ from tests.programs.conftest import SHORT
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> str:
-    """Four small pictures with captions: every caption costs a pass through the text encoder."""
+    """Four small pictures with captions of words that the miniatures know."""
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for index in range(4):
+    for index, word in enumerate(("apple", "cat", "face", "photo")):
         Image.new("RGB", (40, 40), (60 * index, 100, 50)).save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(f"a red apple {index}")
+        (folder / f"{index}.txt").write_text(f"a red {word}")
     return f"dataset.folder={folder}"
 
 
@@ -31,7 +31,7 @@ def test_a_family_trains_exports_and_samples_with_its_adapter(
     miniature = MINIATURES[name]
     miniature.build(tmp_path / "model")
     model = (f"model={miniature.model}", "model.path=model", "device=cpu")
-    short = ("max_steps=2", "batch_size=1", "validation.every=2", pictures)
+    short = ("max_steps=2", "batch_size=1", "validation.every=2", "validation.base_style=1", pictures)
     previews = ("preview.every=2", "preview.steps=1", "preview.count=1")
     options = ("dataset.resolution=32", "optimizer.lr=0.05", "adapter.targets=[double,single[0:1].attention:4]")
     run = command("train", *model, *short, *previews, *options, "name=mine")
