@@ -55,7 +55,8 @@ class Metrics:
     """Appends one JSON object a row to metrics.jsonl in the run's folder, and tells the tracker of the spec.
 
     resumed_at: the step from which the run goes on; later rows are dropped, 0 drops all.
-    UserError where the tracker's package is missing; OSError with the path where metrics.jsonl cannot be written.
+    UserError where the tracker's package is missing; RunError for a full disk, OSError with the path for what else
+    keeps metrics.jsonl from being written.
     """
 
     def __init__(self, path: Path, spec: LoggerSpec, *, name: str, config: Mapping[str, Any], resumed_at: int) -> None:
