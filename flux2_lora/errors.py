@@ -6,31 +6,27 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 
-class UserError(Exception):
+class _TwoLines(Exception):  # noqa: N818 - its kinds are the errors
+    """What is wrong, and the next action, each on a line."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"error: {self.what}\n  hint: {self.remedy}"
+
+
+class UserError(_TwoLines):
     """Wrong input. `what` names the option, its value and the fact; `remedy` names the next action.
 
     Programs print both lines, write nothing and exit with code 2.
     """
 
-    def __init__(self, what: str, remedy: str) -> None:
-        super().__init__(what)
-        self.what = what
-        self.remedy = remedy
 
-    def __str__(self) -> str:
-        return f"error: {self.what}\n  hint: {self.remedy}"
-
-
-class RunError(Exception):
+class RunError(_TwoLines):
     """A run that cannot go on, though nothing was wrong with its options. Programs print both lines and exit with 1."""
-
-    def __init__(self, what: str, remedy: str) -> None:
-        super().__init__(what)
-        self.what = what
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return f"error: {self.what}\n  hint: {self.remedy}"
 
 
 def did_you_mean(wrong: str, known: Sequence[str]) -> str:
