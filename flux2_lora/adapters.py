@@ -73,6 +73,8 @@ def attach(transformer: nn.Module, architecture: str, spec: AdapterSpec, *, seed
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    from flux2_lora.lora_linear import LoraLinear
+
     ranks = resolve(spec.targets, architecture, block_linears(transformer), spec.rank)
     own = {f"^{re.escape(module)}": group for module, group in ranks.items() if group != spec.rank}
     config = LoraConfig(
@@ -83,8 +85,9 @@ def attach(transformer: nn.Module, architecture: str, spec: AdapterSpec, *, seed
         alpha_pattern={pattern: spec.scale * group for pattern, group in own.items()},
         bias="none",
     )
+    config._register_custom_module({nn.Linear: LoraLinear})  # noqa: SLF001 - PEFT documents it for this use
     inject_adapter_in_model(config, transformer, adapter_name=name)
-    wrapped = {path: layer for path, layer in lora_layers(transformer) if name in layer.lora_A}
+    wrapped = {p: layer for p, layer in lora_layers(transformer) if name in layer.lora_A and type(layer) is LoraLinear}
     if wrapped.keys() != ranks.keys():
         raise RuntimeError(f"PEFT wrapped {len(wrapped)} modules where {len(ranks)} were targeted")
     for path, layer in wrapped.items():

@@ -4,10 +4,14 @@
     python scripts/bench_loop.py --model KLEIN_FOLDER --official train_dreambooth_lora_flux2_klein.py
 
 `bare` is a plain PyTorch loop of the same mathematics (draw, mix, forward, backward, clip, AdamW) over tensors that lie
-in memory; it logs nothing and saves nothing. `official` is the example script of Diffusers, given as a file, on the
+in memory; it logs nothing and saves nothing. `kept` is the same with freed memory kept for the next step, as the
+program does. `official` is the example script of Diffusers, given as a file, on the
 same folder of pictures and with adapters on the same projections; it needs torchvision. A klein folder to try it on is
-what `python -m tests.miniatures flux2_klein FOLDER` writes. Each loop runs in a process of its own, in turns; a figure
-is the median step of its round, the ratio the median of the rounds' ratios.
+what `python -m tests.miniatures flux2_klein FOLDER` writes.
+
+Each loop is a process of its own, and only one of them runs at a time: it stops itself after a few steps until it is
+its turn again. So what else the machine does slows them alike. A ratio is the median over the turns of the median steps
+of two turns that follow each other.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,9 +36,9 @@ from safetensors.torch import load_file
 
 from flux2_lora import cli
 from flux2_lora.bundled import share
-from flux2_lora.devices import largest_resident
+from flux2_lora.devices import keep_free_memory, largest_resident
 
-WARM, CAPTION = 5, "a drawing"
+TURN, WARM, CAPTION = 12, 3, "a drawing"
 PROJECTIONS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out", "to_qkv_mlp_proj"),
@@ -42,8 +47,7 @@ PROJECTIONS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=20, help=f"of {TURN} steps; the first does not count")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--model", help="a Diffusers folder of FLUX.2 klein; the bundled model where there is none")
     parser.add_argument("--official", help="Diffusers' example script, which trains klein")
@@ -52,41 +56,69 @@ def main() -> None:
     if wanted.only:
         RUNS[wanted.only](wanted)
         return
-    others = ["bare"] if wanted.official is None else ["official"]
-    rounds: list[dict[str, dict[str, float]]] = []
-    for _ in range(wanted.rounds):
-        rounds.append({name: measured(name) for name in ("ours", *others)})
-        print(json.dumps(rounds[-1]), flush=True)
-    print(f"\n{wanted.rounds} rounds of {wanted.steps} steps of {wanted.batch}, {torch.get_num_threads()} threads\n")
+    with tempfile.TemporaryDirectory() as folder:
+        names = ["ours", "bare", "kept", *(["official"] if wanted.official else [])]
+        loops = [Loop(name, Path(folder) / name) for name in names]
+        for _ in range(wanted.turns):
+            for loop in loops:
+                loop.turn()
+        results = [json.loads(loop.told.read_text().splitlines()[-1]) for loop in loops]
+    print(f"{wanted.turns} turns of {TURN} steps of {wanted.batch}, {torch.get_num_threads()} threads\n")
     print("| loop | seconds a step | peak memory, GB | ours / it |")
     print("|---|---|---|---|")
-    for name in ("ours", *others):
-        ratio = median(one["ours"]["step_s"] / one[name]["step_s"] for one in rounds)
-        seconds, peak = (median(one[name][key] for one in rounds) for key in ("step_s", "peak"))
-        print(f"| {name} | {seconds:.4f} | {peak / 1e9:.2f} | {ratio:.3f} |")
+    for loop, result in zip(loops, results, strict=True):
+        ratios = [mine / its for mine, its in zip(results[0]["steps"], result["steps"], strict=True)]
+        print(f"| {loop.name} | {median(result['steps']):.4f} | {result['peak'] / 1e9:.2f} | {median(ratios):.3f} |")
 
 
-def measured(name: str) -> dict[str, float]:
-    """Run one of the loops in a process of its own, as this one was called."""
-    with tempfile.TemporaryDirectory() as folder:
-        told = subprocess.run(
-            [sys.executable, Path(__file__).resolve(), *sys.argv[1:], "--only", name],
-            cwd=folder,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if told.returncode:
-        raise SystemExit(told.stdout[-2000:] + told.stderr[-4000:])
-    result: dict[str, float] = json.loads(told.stdout.splitlines()[-1])
-    return result
+class Loop:
+    """A loop in a process of its own, called as this script was, that runs only when it is given its turn."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        folder.mkdir()
+        self.name, self.told = name, folder / "told"
+        with self.told.open("w") as told:
+            self.process = subprocess.Popen(
+                [sys.executable, Path(__file__).resolve(), *sys.argv[1:], "--only", name],
+                cwd=folder,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                stdout=told,
+                stderr=subprocess.STDOUT,
+            )
+        self.wait()
+
+    def turn(self) -> None:
+        """Let it run until it stops itself or ends."""
+        self.process.send_signal(signal.SIGCONT)
+        self.wait()
+
+    def wait(self) -> None:
+        _, status = os.waitpid(self.process.pid, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            self.process.returncode = os.waitstatus_to_exitcode(status)
+        if self.process.returncode:
+            raise SystemExit(self.told.read_text()[-6000:])
 
 
-def tell(moments: list[float]) -> None:
-    """The median step between moments, without those in which things still warm up."""
-    steps = [after - before for before, after in zip(moments[WARM:], moments[WARM + 1 :], strict=False)]
-    print(json.dumps({"step_s": median(steps), "peak": largest_resident()}))
+class Turns:
+    """The moments at which a loop's steps ended, turn by turn; `step` stops the process at the end of a turn."""
+
+    def __init__(self) -> None:
+        self.moments: list[list[float]] = [[]]
+
+    def step(self) -> None:
+        self.moments[-1].append(time.perf_counter())
+        if len(self.moments[-1]) == TURN:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            self.moments.append([])
+
+    def tell(self) -> None:
+        """The median step of each turn but the first, without those in which a turn still warms up; and the peak."""
+        told = []
+        for turn in self.moments[1:-1]:
+            steps = [after - before for before, after in zip(turn[WARM:], turn[WARM + 1 :], strict=False)]
+            told.append(median(steps))
+        print("\n" + json.dumps({"steps": told, "peak": largest_resident()}))
 
 
 def pictures() -> Path:
@@ -104,7 +136,7 @@ def options(wanted: argparse.Namespace, folder: Path) -> list[str]:
     return [
         *(*model, f"dataset.folder={folder}", f"dataset.default_caption={CAPTION}", "dataset.holdout=0"),
         *("dataset.resolution=64", "name=bench", "device=cpu"),
-        *(f"max_steps={wanted.steps}", f"batch_size={wanted.batch}", "precision.base=fp32", "adapter.rank=16"),
+        *(f"max_steps={TURN * wanted.turns}", f"batch_size={wanted.batch}", "precision.base=fp32", "adapter.rank=16"),
         *("checkpoint_every=100000", "validation.every=0", "preview.every=0", "checks=false"),
     ]
 
@@ -113,16 +145,16 @@ def ours(wanted: argparse.Namespace) -> None:
     """The program, from the end of one step to the end of the next: its loader, its log and its bar included."""
     from flux2_lora.training.progress import StepBar
 
-    moments: list[float] = []
+    turns = Turns()
     shown = StepBar.update
 
     def update(bar: StepBar, step: int, **values: Any) -> None:
         shown(bar, step, **values)
-        moments.append(time.perf_counter())
+        turns.step()
 
     StepBar.update = update  # type: ignore[assignment, method-assign]
     cli.main(["train", *options(wanted, pictures())])
-    tell(moments)
+    turns.tell()
 
 
 def bare(wanted: argparse.Namespace) -> None:
@@ -143,8 +175,8 @@ def bare(wanted: argparse.Namespace) -> None:
     parameters = list(trainable(transformer).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
     stretch = torch.tensor(linear_mu(latents.shape[2] * latents.shape[3])).exp()
-    moments: list[float] = []
-    for _ in range(wanted.steps):
+    turns = Turns()
+    for _ in range(TURN * wanted.turns):
         picked = torch.randint(len(latents), (wanted.batch,))
         z, noise = latents[picked], torch.randn(wanted.batch, *latents.shape[1:])
         sigmas = torch.sigmoid(torch.randn(wanted.batch))
@@ -156,8 +188,14 @@ def bare(wanted: argparse.Namespace) -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        moments.append(time.perf_counter())
-    tell(moments)
+        turns.step()
+    turns.tell()
+
+
+def kept(wanted: argparse.Namespace) -> None:
+    """The bare loop under the program's memory policy: what is left is the loop itself."""
+    keep_free_memory()
+    bare(wanted)
 
 
 def cached(wanted: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,12 +212,12 @@ def official(wanted: argparse.Namespace) -> None:
     """Diffusers' example, from one update of its bar to the next."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    moments: list[float] = []
+    turns = Turns()
     shown = tqdm.update
 
     def update(bar: Any, count: int = 1) -> Any:
         if bar.desc.startswith("Steps"):
-            moments.append(time.perf_counter())
+            turns.step()
         return shown(bar, count)
 
     tqdm.update = update
@@ -191,7 +229,7 @@ def official(wanted: argparse.Namespace) -> None:
         *("--lora_alpha", "16", "--lora_layers", ",".join(layers), "--train_batch_size", str(wanted.batch)),
         *(
             "--max_train_steps",
-            str(wanted.steps),
+            str(TURN * wanted.turns),
             "--cache_latents",
             "--mixed_precision",
             "no",
@@ -202,10 +240,10 @@ def official(wanted: argparse.Namespace) -> None:
         *("--optimizer", "AdamW", "--learning_rate", "1e-4"),
     ]
     runpy.run_path(wanted.official, run_name="__main__")
-    tell(moments)
+    turns.tell()
 
 
-RUNS: dict[str, Callable[[argparse.Namespace], None]] = {"ours": ours, "bare": bare, "official": official}
+RUNS: dict[str, Callable[[argparse.Namespace], None]] = {"ours": ours, "bare": bare, "kept": kept, "official": official}
 
 if __name__ == "__main__":
     main()

@@ -33,7 +33,7 @@ from flux2_lora.config import arguments, changed_options, program, read_resolved
 from flux2_lora.dataset import DatasetSpec, Record, preview_prompts, scan, trigger_words
 from flux2_lora.dataset.seen import Memory
 from flux2_lora.dataset.spec import bundled_folder
-from flux2_lora.devices import pick_device
+from flux2_lora.devices import keep_free_memory, pick_device
 from flux2_lora.errors import RunError, UserError, listed
 from flux2_lora.export import export_universal, header, table
 from flux2_lora.families import Model, ModelFamily, ModelSpec, load_family, open_model
@@ -279,6 +279,8 @@ def learn(config: TrainConfig, run: Path, data: Data, state: TrainState, process
     side = max(config.dataset.resolution)
     mu = family.training_mu((side // family.pixels_per_token) ** 2)
     console.print(f"noise levels at {side} px: {noise_levels(config.timesteps, mu)}")
+    if device.type == "cpu":
+        keep_free_memory()
     watch = watch_of(config, run, data, state, device) if processes.first else None
     if watch is not None and start == 0:
         watch.look(state)

@@ -14,6 +14,7 @@ from flux2_lora.conditioning import Conditioning
 from flux2_lora.errors import UserError
 from flux2_lora.families import ModelFamily
 from flux2_lora.files import tensors_digest
+from flux2_lora.lora_linear import LoraLinear
 from flux2_lora.networks.transformers import block_linears
 from flux2_lora.training.step import Sample, training_loss
 from tests.conftest import drawn, quantised
@@ -147,3 +148,39 @@ def test_tensors_that_do_not_fit_are_named(family: ModelFamily, transformer: nn.
     state[name] = state[name][:, :3]
     with pytest.raises(UserError, match="1 of 32 tensors differ"):
         adapters.load_state(transformer, state, source="file")
+
+
+def test_the_layer_computes_what_peft_computes(
+    family: ModelFamily, transformer: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantised(transformer)
+    attach(transformer, "flux2", SPEC, seed=0)
+    filled(transformer)
+
+    def learned() -> tuple[Tensor, list[Tensor]]:
+        transformer.zero_grad()
+        loss_of(family, transformer).backward()
+        return velocity(family, transformer), [
+            p.grad for p in adapters.trainable(transformer).values() if p.grad is not None
+        ]
+
+    with adapters.switched_off(transformer):
+        base = velocity(family, transformer)
+    moved, gradients = learned()
+    monkeypatch.delattr(LoraLinear, "forward")
+    by_peft, gradients_by_peft = learned()
+    assert not torch.equal(moved, base)
+    torch.testing.assert_close(moved, by_peft)
+    torch.testing.assert_close(gradients, gradients_by_peft)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_an_update_keeps_the_type_of_its_base(transformer: nn.Module, *, autocast: bool) -> None:
+    attach(transformer.bfloat16(), "flux2", SPEC, seed=0)
+    filled(transformer)
+    _, layer = next(iter(adapters.lora_layers(transformer)))
+    x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        moved = layer(x)
+    assert moved.dtype == torch.bfloat16
+    assert (moved - layer.base_layer(x)).abs().max() > 0
