@@ -57,10 +57,10 @@ def unpack(packed: Tensor, height: int, width: int) -> Tensor:
     return packed.transpose(1, 2).reshape(len(packed), -1, height, width)
 
 
-def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """Positions (t, row, column, l) of image tokens, [h*w 4]; t = l = 0."""
+def image_ids(height: int, width: int, device: torch.device | str = "cpu", *, t: int = 0) -> Tensor:
+    """Positions (t, row, column, l) of image tokens, [h*w 4]; l = 0, and t = 0 but for pictures that are shown."""
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    return torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns, torch.zeros_like(rows[:1]))
+    return torch.cartesian_prod(torch.full_like(rows[:1], t), rows, columns, torch.zeros_like(rows[:1]))
 
 
 def text_ids(tokens: int, device: torch.device | str = "cpu") -> Tensor:

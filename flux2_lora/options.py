@@ -6,10 +6,13 @@ Specs stay plain dataclasses; `check` walks a built one and words the first valu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from flux2_lora.errors import UserError, did_you_mean
+
+Spec = TypeVar("Spec")
 
 
 def option(
@@ -55,3 +58,13 @@ def _check_value(name: str, value: Any, limits: Any) -> None:
         bounds = [f"at least {low}"] if low is not None else [f"above {above}"] if above is not None else []
         bounds += [f"at most {high}"] if high is not None else []
         raise UserError(f"{name}={value} is out of range", f"give a value of {' and '.join(bounds)}")
+
+
+def from_mapping(schema: type[Spec], values: Mapping[str, Any]) -> Spec:
+    """A spec of values that were resolved and checked once, as a run's run.yaml has them; others are left out."""
+    kinds, given = typing.get_type_hints(schema), {}
+    for field in dataclasses.fields(typing.cast("Any", schema)):
+        if field.name in values:
+            value, kind = values[field.name], kinds[field.name]
+            given[field.name] = from_mapping(kind, value) if dataclasses.is_dataclass(kind) else value
+    return schema(**given)

@@ -1,10 +1,14 @@
-"""Edit one picture: inpaint under a mask, outpaint over its borders, or redraw it (image to image).
+"""Edit one picture: inpaint under a mask, outpaint over its borders, enlarge it, or redraw it (image to image).
 
     flux2-lora edit image=photo.png mask=mask.png prompt='a red apple' adapters=[outputs/mine]
     flux2-lora edit image=photo.png outpaint.right=256 prompt='a wide meadow'
+    flux2-lora edit image=photo.png ratio=16:9 prompt='a wide meadow'
+    flux2-lora edit image=photo.png upscale=2 prompt='a red apple'
     flux2-lora edit image=photo.png strength=0.5 prompt='a red apple'
 
-Where the mask is black the picture comes back byte for byte. Writes 0000.png (the last strength) and grid.png.
+A mask is any picture: what is bright or painted, or made transparent, is drawn anew; everything else comes back byte
+for byte. A picture with transparent parts needs no mask. Writes 0000.png (the last column) and grid.png; each picture
+carries its settings.
 """
 
 from __future__ import annotations
@@ -12,116 +16,161 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-from flux2_lora.adapters import read_adapters
 from flux2_lora.config import program
 from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError
 from flux2_lora.families import ModelSpec, open_model
-from flux2_lora.inference.edit import Border, extend, inpaint, soften
+from flux2_lora.inference.edit import Border, border_for, extend, soften
 from flux2_lora.inference.grid import Section, draw_grid
-from flux2_lora.inference.pictures import fit, read_picture
-from flux2_lora.inference.pipeline import Prompted, initial_noise
-from flux2_lora.inference.session import encode_prompts, open_session
+from flux2_lora.inference.pictures import fit, mask_of, read_picture
+from flux2_lora.inference.pipeline import Pipeline
+from flux2_lora.inference.request import AdapterChoice, columns_of, read_chosen, refuse_what_cannot_be
+from flux2_lora.inference.sampling import Recipe
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec
 from flux2_lora.training.progress import console
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditConfig:
-    """configs/edit.yaml. height and width: null keeps the picture's size, cut to whole tokens."""
+class EditConfig(Recipe, AdapterChoice):
+    """configs/edit.yaml. height and width: null keeps the picture's size. ratio: width:height to outpaint to.
+
+    strength: null for 1 under a mask, 0.35 for upscale and 0.6 without either. feather_px, crop and padding_px: see
+    `Pipeline.inpaint`.
+    """
 
     model: ModelSpec
     precision: PrecisionSpec
     outpaint: Border
     image: str
     prompt: str = ""
-    negative_prompt: str = ""
     mask: str | None = None
+    invert_mask: bool = False
     feather_px: int = option(0, at_least=0)
+    crop: str = option("auto", one_of=("auto", "always", "never"))
+    padding_px: int = option(64, at_least=0)
+    ratio: str | None = None
+    upscale: float = option(1.0, at_least=1, at_most=8)
     height: int | None = option(None, at_least=16)
     width: int | None = option(None, at_least=16)
-    strength: float = option(0.6, above=0, at_most=1)
-    steps: int = option(50, at_least=1)
-    guidance: float | None = option(None, at_least=0)
-    cfg_scale: float = option(1.0, at_least=0)
-    adapters: list[str] = field(default_factory=list)
-    strengths: list[float] = field(default_factory=lambda: [1.0])
-    seed: int = option(0, at_least=0)
+    strength: float | None = option(None, at_least=0, at_most=1)
+    references: list[str] = field(default_factory=list)
     device: str = "auto"
     output: str = "outputs/edit"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be done. mask: grey, of the canvas' size, 255 = new; None where all of it is drawn anew.
+
+    padding_px: what the model sees around the mask.
+    """
+
+    mode: str
+    picture: Image.Image
+    canvas: Image.Image
+    mask: Image.Image | None = None
+    padding_px: int = 0
+
+
 @program("edit")
 def main(config: EditConfig) -> None:
-    picture = read_picture(config.image, "image")
-    if config.height or config.width:
-        picture = fit(picture, config.height or picture.height, config.width or picture.width)
-    drawn = read_picture(config.mask, "mask").convert("L") if config.mask else None
-    if drawn is not None and drawn.size != picture.size:
-        raise UserError(
-            f"mask={config.mask} is {drawn.width} x {drawn.height}, the picture {picture.width} x {picture.height}",
-            "give a mask of the picture's size: white is repainted, black is kept",
-        )
-    canvas, mask, mode = what_to_paint(config, picture, drawn)
-    device, adapters = pick_device(config.device), read_adapters(config.adapters, config.model.family)
-    model = open_model(config.model)
-    if config.guidance is not None and not model.takes_guidance():
-        console.print(f"guidance={config.guidance:g} is ignored: this model has no guidance embedding, use cfg_scale")
-    positive, negative = encode_prompts(model, [config.prompt, config.negative_prompt], device)
-    session = open_session(model, config.precision, adapters, device)
-    whole = padded(canvas, session.family.pixels_per_token)
-    prompted = Prompted(positive=positive, negative=negative, cfg_scale=config.cfg_scale, guidance=config.guidance)
-    noise = initial_noise(session.family, whole.height, whole.width, [config.seed]).to(session.device)
-    strength = config.strength if mode == "image to image" else 1.0
+    job = job_of(config)
+    references = [read_picture(place, "references") for place in config.references]
+    model, device = open_model(config.model), pick_device(config.device)
+    refuse_what_cannot_be(config, model, references=bool(references))
+    loras = read_chosen(config, model)
+    if job.mask is not None and job.mask.getbbox() is None:
+        console.print("the mask is empty: nothing is drawn anew, and the picture comes back as it is")
+    pipeline = Pipeline.open(model, config.precision, loras, device, prompts=[config.prompt, config.negative_prompt])
+    pipeline.recipe = config
+    columns = columns_of(config)
+    columns = columns[1:] or columns
     results = []
-    for multiplier in config.strengths:
-        session.use([multiplier] * len(session.adapters))
-        painted = inpaint(
-            session.family,
-            session.transformer,
-            session.vae,
-            prompted,
-            whole,
-            padded(mask, session.family.pixels_per_token),
-            noise,
-            config.steps,
-            strength=strength,
-        )
-        results.append(painted.crop((0, 0, canvas.width, canvas.height)))
+    for heading, strengths in columns:
+        pipeline.use(strengths)
+        results.append(edited(config, job, pipeline, references))
+        console.print(f"{len(results)} of {len(columns)}: {heading}")
 
     folder = Path(config.output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     results[-1].save(folder / "0000.png")
-    headings = ["picture", "mask", *[f"x {multiplier:g}" for multiplier in config.strengths]]
-    section = Section(columns=headings, rows=[(config.prompt, [picture, mask, *results])])
-    draw_grid(f"{mode}, seed {config.seed}", [section]).save(folder / "grid.png")
+    before = {"picture": job.picture} | ({} if job.mask is None else {"mask": job.mask})
+    section = Section(
+        columns=[*before, *(heading for heading, _ in columns)], rows=[(config.prompt, [*before.values(), *results])]
+    )
+    draw_grid(f"{job.mode}, seed {config.seed}", [section]).save(folder / "grid.png")
     console.print(f"result    {folder / '0000.png'}")
     console.print(f"grid      {folder / 'grid.png'}")
 
 
-def what_to_paint(
-    config: EditConfig, picture: Image.Image, drawn: Image.Image | None
-) -> tuple[Image.Image, Image.Image, str]:
-    """(canvas, mask, mode): a drawn mask and borders may be used together; neither repaints the whole picture."""
-    if config.outpaint == Border():
-        if drawn is None:
-            return picture, Image.new("L", picture.size, 255), "image to image"
-        return picture, soften(drawn, config.feather_px), "inpaint"
-    canvas, mask = extend(picture, config.outpaint)
+def job_of(config: EditConfig) -> Job:
+    """Read the files; UserError for what is missing or contradicts itself."""
+    picture, drawn = read_job(config)
+    border = border_of(config, picture)
+    if config.upscale > 1:
+        if drawn is not None or border != Border():
+            raise UserError("upscale goes with no mask and no border", "edit first, then upscale the result")
+        return Job(mode="upscale", picture=picture, canvas=picture)
+    if border == Border() and drawn is None:
+        return Job(mode="image to image", picture=picture, canvas=picture)
+    if border == Border():
+        return Job(mode="inpaint", picture=picture, canvas=picture, mask=drawn, padding_px=config.padding_px)
+    canvas, mask = extend(picture, border)
     if drawn is not None:
-        mask.paste(soften(drawn, config.feather_px), (config.outpaint.left, config.outpaint.top))
-    return canvas, mask, "outpaint"
+        mask.paste(drawn, (border.left, border.top))
+    widest = max(border.left, border.right, border.top, border.bottom, config.padding_px)
+    return Job(mode="outpaint", picture=picture, canvas=canvas, mask=mask, padding_px=widest)
 
 
-def padded(picture: Image.Image, step_px: int) -> Image.Image:
-    """Repeat the right and bottom edges up to whole tokens."""
-    right, bottom = -picture.width % step_px, -picture.height % step_px
-    if not right and not bottom:
-        return picture
-    return extend(picture, Border(right=right, bottom=bottom))[0]
+def read_job(config: EditConfig) -> tuple[Image.Image, Image.Image | None]:
+    """The picture in the size that was asked for, and the mask, where there is one, in the same."""
+    picture = read_picture(config.image, "image")
+    masked = read_picture(config.mask, "mask") if config.mask is not None else picture
+    drawn = mask_of(masked) if config.mask is not None or "A" in picture.getbands() else None
+    picture = picture.convert("RGB")
+    if config.height or config.width:
+        size = config.height or picture.height, config.width or picture.width
+        picture, drawn = fit(picture, *size), None if drawn is None else fit(drawn, *size)
+    if drawn is None:
+        return picture, None
+    if drawn.size != picture.size:
+        console.print(f"the mask, {drawn.width} x {drawn.height} px, is resized to {picture.width} x {picture.height}")
+        drawn = drawn.resize(picture.size, Image.Resampling.BILINEAR)
+    return picture, soften(ImageOps.invert(drawn) if config.invert_mask else drawn, config.feather_px)
+
+
+def border_of(config: EditConfig, picture: Image.Image) -> Border:
+    """outpaint's sides, or what reaches the ratio."""
+    if config.ratio is None:
+        return config.outpaint
+    try:
+        width, height = (float(side) for side in config.ratio.split(":"))
+        return border_for(picture.width, picture.height, width / height)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"ratio={config.ratio} is no ratio of width to height", "write ratio=16:9") from error
+
+
+def edited(config: EditConfig, job: Job, pipeline: Pipeline, references: list[Image.Image]) -> Image.Image:
+    """One result, with the adapters as they are set."""
+    canvas = job.canvas
+    if job.mode == "upscale":
+        strength = 0.35 if config.strength is None else config.strength
+        return pipeline.upscale(canvas, config.prompt, factor=config.upscale, strength=strength)
+    if job.mask is None:
+        strength = 0.6 if config.strength is None else config.strength
+        return pipeline.redraw(canvas, config.prompt, strength=strength, references=references)
+    return pipeline.inpaint(
+        canvas,
+        job.mask,
+        config.prompt,
+        strength=1.0 if config.strength is None else config.strength,
+        crop=config.crop,
+        padding_px=job.padding_px,
+        references=references,
+    )
 
 
 if __name__ == "__main__":

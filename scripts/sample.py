@@ -1,9 +1,12 @@
 """Pictures from prompts: one row a prompt, one column a strength of each adapter, the base first.
 
     flux2-lora sample prompts='[red apple, cat face]' adapters=[outputs/mine] strengths=[0.5,1]
+    flux2-lora sample prompts='[red apple]' adapters=[outputs/mine,style.safetensors] together=true weights=[1,0.6]
     flux2-lora sample image=photo.png strength=0.6 prompts='[a red apple]'          image to image
+    flux2-lora sample prompts='[a red apple]' upscale=2                             draw, enlarge, refine in tiles
 
-Writes 0000.png, 0001.png, ... in the order of prompts (the last column), and grid.png with all of them.
+Writes 0000.png, 0001.png, ... in the order of prompts (the last column), and grid.png with all of them; each picture
+carries its settings, and beside the grid lie a ComfyUI workflow and a Diffusers script that give the same.
 """
 
 from __future__ import annotations
@@ -13,38 +16,37 @@ from pathlib import Path
 
 from PIL import Image
 
-from flux2_lora.adapters import read_adapters
 from flux2_lora.config import program
 from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError
 from flux2_lora.families import ModelSpec, open_model
 from flux2_lora.inference.grid import Section, draw_grid
-from flux2_lora.inference.pictures import fit, read_picture, to_pictures, to_pixels
-from flux2_lora.inference.pipeline import Prompted, generate, initial_noise
-from flux2_lora.inference.session import Session, encode_prompts, open_session
+from flux2_lora.inference.pictures import read_picture
+from flux2_lora.inference.pipeline import Pipeline
+from flux2_lora.inference.request import AdapterChoice, columns_of, read_chosen, refuse_what_cannot_be
+from flux2_lora.inference.sampling import Recipe
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec
 from flux2_lora.training.progress import console
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """configs/sample.yaml. strength: how much of `image` is redrawn; strengths: multipliers of the adapters."""
+class SampleConfig(Recipe, AdapterChoice):
+    """configs/sample.yaml. strength: how much of `image` is redrawn; references: pictures that the model looks at.
+
+    upscale: enlarge so many times, and refine at refine_strength.
+    """
 
     model: ModelSpec
     precision: PrecisionSpec
     prompts: list[str] = field(default_factory=list)
-    negative_prompt: str = ""
     height: int = option(1024, at_least=16)
     width: int = option(1024, at_least=16)
-    steps: int = option(50, at_least=1)
-    guidance: float | None = option(None, at_least=0)
-    cfg_scale: float = option(1.0, at_least=0)
-    adapters: list[str] = field(default_factory=list)
-    strengths: list[float] = field(default_factory=lambda: [1.0])
     image: str | None = None
-    strength: float = option(0.6, above=0, at_most=1)
-    seed: int = option(0, at_least=0)
+    strength: float = option(0.6, at_least=0, at_most=1)
+    references: list[str] = field(default_factory=list)
+    upscale: float = option(1.0, at_least=1, at_most=8)
+    refine_strength: float = option(0.35, at_least=0, at_most=1)
     device: str = "auto"
     output: str = "outputs/sample"
 
@@ -54,54 +56,45 @@ def main(config: SampleConfig) -> None:
     if not config.prompts:
         raise UserError("prompts=[] asks for no picture", "give prompts='[first prompt, second prompt]'")
     source = read_picture(config.image, "image") if config.image else None
-    device, adapters = pick_device(config.device), read_adapters(config.adapters, config.model.family)
-    model = open_model(config.model)
-    if config.guidance is not None and not model.takes_guidance():
-        console.print(f"guidance={config.guidance:g} is ignored: this model has no guidance embedding, use cfg_scale")
-    *positives, negative = encode_prompts(model, [*config.prompts, config.negative_prompt], device)
-    session = open_session(model, config.precision, adapters, device)
+    references = [read_picture(place, "references") for place in config.references]
+    model, device = open_model(config.model), pick_device(config.device)
+    refuse_what_cannot_be(config, model, references=bool(references))
+    loras = read_chosen(config, model)
+    prompts = [*config.prompts, config.negative_prompt]
+    pipeline = Pipeline.open(model, config.precision, loras, device, prompts=prompts)
+    pipeline.recipe = config
+    height, width = (pipeline.whole_tokens(px) for px in (config.height, config.width))
+    if (height, width) != (config.height, config.width):
+        console.print(f"{config.width} x {config.height} px is rounded to {width} x {height}, which are whole tokens")
 
+    drawn: list[list[Image.Image]] = []
     columns = columns_of(config)
-    rows: list[tuple[str, list[Image.Image]]] = []
-    for prompt, positive in zip(config.prompts, positives, strict=True):
-        prompted = Prompted(positive=positive, negative=negative, cfg_scale=config.cfg_scale, guidance=config.guidance)
-        rows.append((prompt, [draw(config, session, prompted, source, strengths) for _, strengths in columns]))
-        console.print(f"{len(rows)} of {len(config.prompts)}: {prompt}")
+    for heading, strengths in columns:
+        pipeline.use(strengths)
+        pictures = pipeline.generate(
+            config.prompts,
+            height=height,
+            width=width,
+            image=source,
+            strength=config.strength,
+            references=references,
+        )
+        if config.upscale > 1:
+            pictures = [
+                pipeline.upscale(picture, prompt, factor=config.upscale, strength=config.refine_strength)
+                for picture, prompt in zip(pictures, config.prompts, strict=True)
+            ]
+        drawn.append(pictures)
+        console.print(f"{len(drawn)} of {len(columns)}: {heading}")
 
     folder = Path(config.output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    for index, (_, pictures) in enumerate(rows):
-        pictures[-1].save(folder / f"{index:04d}.png")
+    for index, picture in enumerate(drawn[-1]):
+        picture.save(folder / f"{index:04d}.png")
     title = f"{config.model.title}, seed {config.seed}, {config.steps} steps"
+    rows = list(zip(config.prompts, zip(*drawn, strict=True), strict=True))
     draw_grid(title, [Section(columns=[heading for heading, _ in columns], rows=rows)]).save(folder / "grid.png")
     console.print(f"grid      {folder / 'grid.png'}")
-
-
-def columns_of(config: SampleConfig) -> list[tuple[str, list[float]]]:
-    """(heading, one strength an adapter) of every column: the base, then each adapter alone at each strength."""
-    none = [0.0] * len(config.adapters)
-    columns = [("base", none)]
-    for index, place in enumerate(config.adapters):
-        for strength in config.strengths:
-            one = [strength if i == index else 0.0 for i in range(len(none))]
-            columns.append((f"{Path(place).stem} x {strength:g}", one))
-    return columns
-
-
-def draw(
-    config: SampleConfig, session: Session, prompted: Prompted, source: Image.Image | None, strengths: list[float]
-) -> Image.Image:
-    session.use(strengths)
-    family, device = session.family, session.device
-    noise = initial_noise(family, config.height, config.width, [config.seed]).to(device)
-    start = None
-    if source is not None:
-        side = family.pixels_per_token
-        fitted = fit(source, config.height // side * side, config.width // side * side)
-        start = family.encode_pixels(session.vae, to_pixels(fitted).to(device)).mean
-    strength = config.strength if source is not None else 1.0
-    latents = generate(family, session.transformer, prompted, noise, config.steps, start=start, strength=strength)
-    return to_pictures(family.decode_latents(session.vae, latents))[0]
 
 
 if __name__ == "__main__":

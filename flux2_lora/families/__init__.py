@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -103,6 +103,10 @@ class ModelFamily(Protocol):
     def samples_posterior(self) -> bool:
         """Whether the base was trained on latents drawn from the VAE's posterior, and not on its mean."""
 
+    @property
+    def takes_references(self) -> bool:
+        """Whether the base was trained to look at pictures beside the prompt."""
+
     def configuration(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """What the transformer is built with, read off its tensors, for files that carry no configuration."""
 
@@ -122,8 +126,12 @@ class ModelFamily(Protocol):
         sigmas: Tensor,
         conditioning: Conditioning,
         guidance: float | None = None,
+        references: Sequence[Tensor] = (),
     ) -> Tensor:
-        """d latents / d sigma at noise levels sigmas [b] in [0, 1]; same shape as latents."""
+        """d latents / d sigma at noise levels sigmas [b] in [0, 1]; same shape as latents.
+
+        references: latents [1 c h w] of pictures to look at, of any sizes, where the family `takes_references`.
+        """
 
     def training_mu(self, tokens: int) -> float:
         """Shift exponent of the training density for a picture of `tokens` packed tokens."""

@@ -7,6 +7,7 @@ FluxPipeline draws it, before the patches are made.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ class Flux1:
     latent_channels: int = 64
     pixels_per_token: int = 16
     samples_posterior: bool = True
+    takes_references: bool = False
     text: T5ClipText = field(default_factory=T5ClipText)
 
     def configuration(self, shapes: Shapes) -> dict[str, Any]:
@@ -72,7 +74,9 @@ class Flux1:
         sigmas: Tensor,
         conditioning: Conditioning,
         guidance: float | None = None,
+        references: Sequence[Tensor] = (),
     ) -> Tensor:
+        assert not references
         dtype, (height, width) = compute_type(transformer), latents.shape[2:]
         assert conditioning.pooled is not None
         packed = transformer(

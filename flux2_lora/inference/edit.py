@@ -2,7 +2,8 @@
 
 At every step the kept region is put back at the current noise level (Lugmayr et al. 2022, arXiv:2201.09865, alg. 1
 without resampling), so what is painted meets what is kept. In the end the decoded picture is laid over the original
-through the mask: where the mask is 0 the original's bytes come back untouched.
+through the mask: where the mask is 0 the original's bytes come back untouched, and what the autoencoder changed along
+the border is taken off what was painted, so no seam shows.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from torch.nn import functional as F
 
 from flux2_lora.families import ModelFamily
 from flux2_lora.flow import mix
-from flux2_lora.inference.pictures import to_pictures, to_pixels
-from flux2_lora.inference.pipeline import Prompted, generate
+from flux2_lora.inference.pictures import decoded, encoded, to_pictures, to_pixels
+from flux2_lora.inference.sampling import Prompted, generate, start_and_noise
 from flux2_lora.options import option
 from flux2_lora.samplers import OnStep
+
+Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,12 @@ class Border:
     right: int = option(0, at_least=0)
     top: int = option(0, at_least=0)
     bottom: int = option(0, at_least=0)
+
+
+def border_for(width: int, height: int, ratio: float) -> Border:
+    """The least border, equal on both sides, that makes a picture's width / height `ratio`."""
+    wider, taller = max(round(height * ratio) - width, 0), max(round(width / ratio) - height, 0)
+    return Border(left=wider // 2, right=wider - wider // 2, top=taller // 2, bottom=taller - taller // 2)
 
 
 def keep_outside(mask: Tensor, latents: Tensor, noise: Tensor) -> OnStep:
@@ -61,11 +70,49 @@ def extend(picture: Image.Image, border: Border) -> tuple[Image.Image, Image.Ima
     return Image.fromarray(canvas), Image.fromarray(mask)
 
 
+def padded(picture: Image.Image, step_px: int) -> Image.Image:
+    """Repeat the right and bottom edges up to whole tokens."""
+    right, bottom = -picture.width % step_px, -picture.height % step_px
+    return extend(picture, Border(right=right, bottom=bottom))[0] if right or bottom else picture
+
+
+def around(mask: Image.Image, padding_px: int) -> Box | None:
+    """(left, top, right, bottom) of what is to be painted and `padding_px` about it; None for an empty mask."""
+    box = mask.getbbox()
+    if box is None:
+        return None
+    left, top, right, bottom = box
+    return (
+        *(max(left - padding_px, 0), max(top - padding_px, 0)),
+        *(min(right + padding_px, mask.width), min(bottom + padding_px, mask.height)),
+    )
+
+
 def lay_over(original: Image.Image, painted: Image.Image, mask: Image.Image) -> Image.Image:
-    """original where mask is 0 (bytes unchanged), painted where it is 255, rounded mixtures between."""
-    weight = np.asarray(mask, dtype="float64")[..., None] / 255
-    below, above = np.asarray(original, dtype="float64"), np.asarray(painted, dtype="float64")
-    return Image.fromarray((below + weight * (above - below)).round().astype("uint8"))
+    """original where mask is 0 (bytes unchanged), painted where it is 255, rounded mixtures between.
+
+    What differs between the two in the kept region is the autoencoder's doing: continued smoothly into the mask, it is
+    taken off what was painted (a membrane, after Pérez et al. 2003, Poisson image editing, section 3).
+    """
+    weight = torch.from_numpy(np.array(mask))[None, None].float() / 255
+    below, above = to_pixels(original), to_pixels(painted)
+    kept = weight == 0
+    if kept.any():
+        above = above + _membrane(below - above, kept)
+    mixed = below + weight * (above - below)
+    return to_pictures(torch.where(kept, below, mixed))[0]
+
+
+def _membrane(values: Tensor, known: Tensor) -> Tensor:
+    """values [1 c h w] where known [1 1 h w], elsewhere a smooth field between them: pull to a pyramid's top, push."""
+    if bool(known.all()):
+        return values
+    pool = {"kernel_size": 2, "ceil_mode": True, "count_include_pad": False}
+    counts = F.avg_pool2d(known.float(), **pool)  # type: ignore[arg-type]
+    smaller = F.avg_pool2d(values * known, **pool) / counts.clamp_min(1e-6)  # type: ignore[arg-type]
+    coarse = _membrane(smaller, counts > 0)
+    spread = F.interpolate(coarse, size=values.shape[2:], mode="bilinear", align_corners=False)
+    return torch.where(known, values, spread)
 
 
 @torch.no_grad()
@@ -76,16 +123,19 @@ def inpaint(
     prompted: Prompted,
     picture: Image.Image,
     mask: Image.Image,
-    noise: Tensor,
     steps: int,
     *,
+    seed: int = 0,
     strength: float = 1.0,
+    sampler: str = "euler",
 ) -> Image.Image:
-    """Repaint `picture` where the grey `mask` is bright; both of noise's size in pixels."""
-    device = noise.device
-    latents = family.encode_pixels(vae, to_pixels(picture).to(device)).mean
-    bright = torch.from_numpy(np.array(mask.convert("L")))[None, None].float().to(device) / 255
-    touched = F.max_pool2d(bright, family.pixels_per_token)
+    """Repaint `picture` where the grey `mask`, of its size, is bright; an empty mask gives the picture back."""
+    if mask.getbbox() is None:
+        return picture
+    side, device = family.pixels_per_token, prompted.positive.embeds.device
+    whole, bright = padded(picture, side), padded(mask, side)
+    latents, noise = start_and_noise(family, encoded(family, vae, whole, device), seed)
+    grey = torch.from_numpy(np.array(bright))[None, None].float().to(device) / 255
     result = generate(
         family,
         transformer,
@@ -94,7 +144,8 @@ def inpaint(
         steps,
         start=latents,
         strength=strength,
-        on_step=keep_outside(touched, latents, noise),
+        sampler=sampler,
+        on_step=keep_outside(F.max_pool2d(grey, side), latents, noise),
     )
-    painted = to_pictures(family.decode_latents(vae, result))[0]
-    return lay_over(picture, painted, mask.convert("L"))
+    painted = decoded(family, vae, result)[0].crop((0, 0, picture.width, picture.height))
+    return lay_over(picture, painted, mask)

@@ -15,7 +15,7 @@ from torch import nn
 
 from flux2_lora.adapters import switched_off
 from flux2_lora.files import digest, write_tensors
-from flux2_lora.inference.pipeline import Prompted, generate, initial_noise
+from flux2_lora.inference.sampling import Prompted, generate, initial_noise
 from flux2_lora.training.encoding import Encoder
 from flux2_lora.training.step import Sample
 

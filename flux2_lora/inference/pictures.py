@@ -1,28 +1,43 @@
-"""Between Pillow's pictures and tensors in [-1, 1]."""
+"""Between files, Pillow's pictures, tensors in [-1, 1] and latents."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 
 from flux2_lora.errors import UserError
+from flux2_lora.families import ModelFamily
+from flux2_lora.latents import Posterior
+
+_TILE_PX = 1024  # what the autoencoder works on at once, in a larger picture
 
 
 def read_picture(place: str, option: str) -> Image.Image:
-    """An upright RGB picture; UserError that names `option` when there is none."""
+    """An upright picture, RGB, or RGBA where something of it is transparent; UserError that names `option`."""
     path = Path(place).expanduser()
     try:
         with Image.open(path) as file:
-            upright = ImageOps.exif_transpose(file)
-            return upright.convert("RGB")
+            upright = ImageOps.exif_transpose(file).convert("RGBA")
     except FileNotFoundError as error:
         raise UserError(f"{option}={place} does not exist", "give the path of a picture") from error
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"{option}={place} cannot be read as a picture", "give a PNG, JPEG or WebP file") from error
+    opaque = upright.getchannel("A").getextrema() == (255, 255)
+    return upright.convert("RGB") if opaque else upright
+
+
+def mask_of(picture: Image.Image) -> Image.Image:
+    """A grey mask, 255 = repaint: what was made transparent, else what was painted in any colour on black."""
+    if "A" in picture.getbands():
+        return ImageOps.invert(picture.getchannel("A"))
+    return Image.fromarray(np.asarray(picture.convert("RGB")).max(axis=2))
 
 
 def to_pixels(picture: Image.Image) -> Tensor:
@@ -40,3 +55,30 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
 def fit(picture: Image.Image, height_px: int, width_px: int) -> Image.Image:
     """Scale and centre-crop to a size."""
     return ImageOps.fit(picture, (width_px, height_px), Image.Resampling.LANCZOS)
+
+
+@torch.no_grad()
+def encoded(family: ModelFamily, vae: nn.Module, picture: Image.Image, device: torch.device) -> Posterior:
+    """A picture's latents [1 c h w]; its sides are whole tokens."""
+    with _tiles(vae):
+        return family.encode_pixels(vae, to_pixels(picture).to(device))
+
+
+@torch.no_grad()
+def decoded(family: ModelFamily, vae: nn.Module, latents: Tensor) -> list[Image.Image]:
+    """Latents [b c h w] -> b pictures, decoded one by one so that memory holds one."""
+    with _tiles(vae):
+        return [to_pictures(family.decode_latents(vae, one))[0] for one in latents.split(1)]
+
+
+@contextmanager
+def _tiles(vae: nn.Module) -> Iterator[None]:
+    """Pictures above 1024 px go through the autoencoder in overlapping tiles; smaller ones as if this were not here."""
+    autoencoder: Any = vae
+    scale = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    autoencoder.enable_tiling()
+    autoencoder.tile_sample_min_size, autoencoder.tile_latent_min_size = _TILE_PX, _TILE_PX // scale
+    try:
+        yield
+    finally:
+        autoencoder.disable_tiling()

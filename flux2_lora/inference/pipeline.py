@@ -1,77 +1,294 @@
-"""Text-to-image and image-to-image over a family's velocity: the same few lines for previews and for programs.
+"""A model with its adapters, ready to draw: what the programs use, and what a user types from memory.
 
-Seeds mean what they mean in Diffusers: the noise of a picture is one CPU draw of its seed in latent shape, so a seed,
-a size, a number of steps and a cfg_scale give the picture that the Diffusers pipeline of the family gives.
+    from flux2_lora import Pipeline
+
+    pipeline = Pipeline.load("outputs/demo")
+    pipeline.generate("a red apple", seed=1).save("apple.png")
+
+Pictures are Pillow's. Every method takes the options of a `Recipe` (steps, seed, cfg_scale, ...) by name; what is not
+given is as the model's authors sample it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, overload
 
 import torch
+import yaml
+from PIL import Image
 from torch import Tensor, nn
 
-from flux2_lora.conditioning import Conditioning
-from flux2_lora.families import ModelFamily
-from flux2_lora.flow import mix
-from flux2_lora.samplers import OnStep, Velocity, euler, from_strength, guided, schedule
+from flux2_lora.adapters import set_strengths
+from flux2_lora.conditioning import Conditioning, stack
+from flux2_lora.devices import pick_device
+from flux2_lora.errors import UserError
+from flux2_lora.families import Model, ModelFamily, ModelSpec, open_model
+from flux2_lora.inference.edit import Border, around, border_for, extend, inpaint, padded, soften
+from flux2_lora.inference.pictures import decoded, encoded, fit, mask_of
+from flux2_lora.inference.sampling import Prompted, Recipe, generate, initial_noise, split_to_fit, start_and_noise
+from flux2_lora.lora_files import Lora, attach_loras, merge_loras, read_loras
+from flux2_lora.options import from_mapping
+from flux2_lora.quantize import PrecisionSpec, load_frozen
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompted:
-    """What steers a batch of pictures. positive: of b; negative: of 1 or b, used where cfg_scale > 1."""
+@dataclass(kw_only=True)
+class Pipeline:
+    """adapters: names in the order of their files; recipe: what a call does not say. See `load` and `open`."""
 
-    positive: Conditioning
-    negative: Conditioning
-    cfg_scale: float
-    guidance: float | None
+    model: Model
+    transformer: nn.Module
+    vae: nn.Module
+    adapters: list[str]
+    device: torch.device
+    recipe: Recipe
+    _texts: dict[str, Conditioning] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls, run: str | Path, *, adapters: Sequence[str] | None = None, strength: float = 1.0, device: str = "auto"
+    ) -> Pipeline:
+        """The model of a run folder (outputs/<name>) with its last adapter, or with the adapters that are given.
+
+        Raises UserError where the folder is no run, or a file does not fit the model.
+        """
+        settings = Path(run).expanduser() / "run.yaml"
+        if not settings.is_file():
+            raise UserError(f"{run} is not the folder of a run: it has no run.yaml", "give outputs/<name>")
+        resolved = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        model = open_model(from_mapping(ModelSpec, resolved["model"]))
+        precision = from_mapping(PrecisionSpec, resolved["precision"])
+        loras = read_loras([str(run)] if adapters is None else list(adapters), model)
+        pipeline = cls.open(model, precision, loras, pick_device(device))
+        pipeline.use([strength] * len(pipeline.adapters))
+        return pipeline
+
+    @classmethod
+    def open(
+        cls,
+        model: Model,
+        precision: PrecisionSpec,
+        loras: Mapping[str, Lora],
+        device: torch.device,
+        *,
+        prompts: Iterable[str] = (),
+    ) -> Pipeline:
+        """Encode the prompts that are known, drop the text encoders, then load transformer and VAE and attach."""
+        texts = _encode(model, prompts, device)
+        transformer = load_frozen(model, precision, device)
+        names = attach_loras(transformer, loras)
+        spec = model.spec
+        recipe = Recipe(steps=spec.steps, cfg_scale=spec.cfg_scale, guidance=spec.guidance)
+        return cls(
+            model=model,
+            transformer=transformer,
+            vae=model.load_vae(device),
+            adapters=names,
+            device=device,
+            recipe=recipe,
+            _texts=texts,
+        )
+
+    @property
+    def family(self) -> ModelFamily:
+        """The model's family."""
+        return self.model.family
+
+    def use(self, strengths: Sequence[float]) -> None:
+        """Set one strength an adapter; all 0 is the base bit for bit."""
+        set_strengths(self.transformer, dict(zip(self.adapters, strengths, strict=True)))
+
+    def merge(self, strengths: Sequence[float]) -> None:
+        """Fold the adapters into the base for good: no work of theirs is left in a step, and no strength to change."""
+        merge_loras(self.transformer, dict(zip(self.adapters, strengths, strict=True)))
+        self.adapters = []
+
+    def whole_tokens(self, px: int) -> int:
+        """A side rounded down to what the model can draw, at least one token."""
+        step = self.family.pixels_per_token
+        return max(px // step, 1) * step
+
+    @overload
+    def generate(self, prompt: str, **options: Any) -> Image.Image: ...
+    @overload
+    def generate(self, prompt: Sequence[str], **options: Any) -> list[Image.Image]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        image: Image.Image | None = None,
+        strength: float = 0.6,
+        references: Sequence[Image.Image] = (),
+        **recipe: Any,
+    ) -> Image.Image | list[Image.Image]:
+        """Text to image, or of `image`, scaled and cropped to the size, image to image; a list gives a list.
+
+        height, width: px, cut to whole tokens; null for the model's own. strength: how much of `image` is redrawn, in
+        [0, 1]. references: pictures to look at, in families that take them. All prompts are drawn from the same seed.
+        """
+        how, side = self._recipe(recipe, strength), self.model.spec.resolution
+        size = self.whole_tokens(height or side), self.whole_tokens(width or side)
+        looked_at = [self._latents(reference) for reference in references]
+        posterior = None if image is None else encoded(self.family, self.vae, fit(image, *size), self.device)
+
+        def draw(prompts: Sequence[str]) -> list[Image.Image]:
+            start, noise = None, initial_noise(self.family, *size, [how.seed]).to(self.device)
+            if posterior is not None:
+                start, noise = start_and_noise(self.family, posterior, how.seed)
+            latents = generate(
+                self.family,
+                self.transformer,
+                self._prompted(prompts, how, looked_at),
+                noise.expand(len(prompts), -1, -1, -1),
+                how.steps,
+                start=start,
+                strength=strength if start is not None else 1.0,
+                sampler=how.sampler,
+            )
+            return decoded(self.family, self.vae, latents)
+
+        self._encode([prompt] if isinstance(prompt, str) else prompt, how)
+        pictures = split_to_fit(draw, [prompt] if isinstance(prompt, str) else list(prompt))
+        return pictures[0] if isinstance(prompt, str) else pictures
+
+    def redraw(self, image: Image.Image, prompt: str, **options: Any) -> Image.Image:
+        """Image to image at the picture's own size. options: strength, references and those of a recipe."""
+        whole = padded(image.convert("RGB"), self.family.pixels_per_token)
+        drawn = self.generate(prompt, height=whole.height, width=whole.width, image=whole, **options)
+        return drawn.crop((0, 0, image.width, image.height))
+
+    def inpaint(
+        self,
+        image: Image.Image,
+        mask: Image.Image,
+        prompt: str,
+        *,
+        strength: float = 1.0,
+        feather_px: int = 0,
+        crop: str = "auto",
+        padding_px: int = 64,
+        references: Sequence[Image.Image] = (),
+        **recipe: Any,
+    ) -> Image.Image:
+        """Repaint where `mask` is bright or transparent; every other pixel of `image` comes back as it was.
+
+        A mask of another size is resized. feather_px: fade inwards over so many pixels. crop: always, never, or auto:
+        work only on what lies within `padding_px` of the mask, enlarged to the area that the model draws, where the
+        picture is larger than that.
+        """
+        how, picture = self._recipe(recipe, strength), image.convert("RGB")
+        drawn = soften(mask_of(mask).resize(picture.size, Image.Resampling.BILINEAR), feather_px)
+        box = around(drawn, padding_px)
+        if box is None:
+            return picture
+        area = self.model.spec.resolution**2
+        cropped = crop == "always" or (crop == "auto" and picture.width * picture.height > area)
+        box = box if cropped else (0, 0, *picture.size)
+        part, bright = picture.crop(box), drawn.crop(box)
+        scale = max((area / (part.width * part.height)) ** 0.5, 1.0) if cropped else 1.0
+        size = round(part.width * scale), round(part.height * scale)
+        self._encode([prompt], how)
+        painted = inpaint(
+            self.family,
+            self.transformer,
+            self.vae,
+            self._prompted([prompt], how, [self._latents(reference) for reference in references]),
+            part.resize(size, Image.Resampling.LANCZOS),
+            bright.resize(size, Image.Resampling.BILINEAR),
+            how.steps,
+            seed=how.seed,
+            strength=strength,
+            sampler=how.sampler,
+        ).resize(part.size, Image.Resampling.LANCZOS)
+        result = picture.copy()
+        kept = bright.point(lambda value: 255 * (value > 0))
+        result.paste(painted, box[:2], kept)
+        return result
+
+    def outpaint(
+        self,
+        image: Image.Image,
+        prompt: str,
+        *,
+        left: int = 0,
+        right: int = 0,
+        top: int = 0,
+        bottom: int = 0,
+        ratio: float | None = None,
+        **options: Any,
+    ) -> Image.Image:
+        """Paint a border of so many px, or what makes width / height `ratio`; every pixel of `image` is kept.
+
+        options: those of `inpaint`.
+        """
+        border = Border(left=left, right=right, top=top, bottom=bottom)
+        if ratio is not None:
+            border = border_for(image.width, image.height, ratio)
+        canvas, mask = extend(image.convert("RGB"), border)
+        options.setdefault("padding_px", max(left, right, top, bottom, 64))
+        return self.inpaint(canvas, mask, prompt, **options)
+
+    def upscale(
+        self, image: Image.Image, prompt: str, *, factor: float = 2.0, strength: float = 0.35, **recipe: Any
+    ) -> Image.Image:
+        """Enlarge, and redraw at `strength` in overlapping tiles of the size that the model draws."""
+        how, side = self._recipe(recipe, strength), self.family.pixels_per_token
+        size = round(image.width * factor), round(image.height * factor)
+        large = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        posterior = encoded(self.family, self.vae, padded(large, side), self.device)
+        start, noise = start_and_noise(self.family, posterior, how.seed)
+        self._encode([prompt], how)
+        latents = generate(
+            self.family,
+            self.transformer,
+            self._prompted([prompt], how),
+            noise,
+            how.steps,
+            start=start,
+            strength=strength,
+            sampler=how.sampler,
+            tile=self.model.spec.resolution // side,
+        )
+        return decoded(self.family, self.vae, latents)[0].crop((0, 0, *size))
+
+    def _recipe(self, changes: Mapping[str, Any], strength: float) -> Recipe:
+        if not 0 <= strength <= 1:
+            raise UserError(f"strength={strength:g} is out of range", "give a number from 0 to 1")
+        return replace(self.recipe, **changes)
+
+    def _prompted(self, prompts: Sequence[str], how: Recipe, references: Sequence[Tensor] = ()) -> Prompted:
+        return Prompted(
+            positive=stack([self._texts[prompt] for prompt in prompts]),
+            negative=self._texts[how.negative_prompt],
+            cfg_scale=how.cfg_scale,
+            guidance=how.guidance,
+            references=references,
+        )
+
+    def _encode(self, prompts: Sequence[str], how: Recipe) -> None:
+        """Text encoders are loaded for prompts that are new, and dropped again."""
+        self._texts |= _encode(
+            self.model, [text for text in (*prompts, how.negative_prompt) if text not in self._texts], self.device
+        )
+
+    def _latents(self, reference: Image.Image) -> Tensor:
+        if not self.family.takes_references:
+            raise UserError(
+                f"{self.model.spec.title} looks at no reference pictures", "use a model of flux2_klein or flux2_dev"
+            )
+        picture = reference.convert("RGB")
+        width, height = (self.whole_tokens(px) for px in picture.size)
+        return encoded(self.family, self.vae, fit(picture, height, width), self.device).mean
 
 
-def initial_noise(family: ModelFamily, height_px: int, width_px: int, seeds: Sequence[int]) -> Tensor:
-    """Standard normal latents [b c h w], one seed a picture; pixels rounded down to whole tokens."""
-    side = family.pixels_per_token
-    height, width = height_px // side, width_px // side
-    return torch.cat([family.draw_noise(height, width, torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
-def velocity_of(family: ModelFamily, transformer: nn.Module, prompted: Prompted) -> Velocity:
-    """The transformer as a `Velocity` under its prompts, with true CFG where cfg_scale > 1."""
-
-    def under(conditioning: Conditioning) -> Velocity:
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            levels = torch.full((len(x),), sigma, device=x.device)
-            fitting = conditioning if len(conditioning) == len(x) else conditioning.repeat(len(x))
-            return family.velocity(transformer, x, levels, fitting, prompted.guidance)
-
-        return velocity
-
-    positive = under(prompted.positive)
-    if prompted.cfg_scale <= 1:
-        return positive
-    return guided(positive, under(prompted.negative), prompted.cfg_scale)
-
-
-@torch.no_grad()
-def generate(
-    family: ModelFamily,
-    transformer: nn.Module,
-    prompted: Prompted,
-    noise: Tensor,
-    steps: int,
-    *,
-    start: Tensor | None = None,
-    strength: float = 1.0,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Integrate from noise [b c h w] to latents [b c h w].
-
-    With `start` latents [b or 1, c h w] the run begins at the noise level that `strength` names: image-to-image.
-    """
-    mu = family.inference_mu(transformer, noise.shape[2] * noise.shape[3], steps)
-    sigmas = schedule(steps, mu)
-    if start is not None:
-        sigmas = from_strength(sigmas, strength)
-        level = torch.full((len(noise),), float(sigmas[0]), device=noise.device)
-        noise = mix(start.expand_as(noise), noise, level)
-    return euler(velocity_of(family, transformer, prompted), noise, sigmas, on_step)
+def _encode(model: Model, prompts: Iterable[str], device: torch.device) -> dict[str, Conditioning]:
+    distinct = list(dict.fromkeys(prompts))
+    if not distinct:
+        return {}
+    made = model.load_prompt_encoder(device)(distinct)
+    return {text: one.to(device, torch.float32) for text, one in zip(distinct, made, strict=True)}

@@ -22,7 +22,7 @@ from flux2_lora.families import ModelFamily
 from flux2_lora.inference.edit import Border, extend, inpaint
 from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.inference.pictures import to_pictures
-from flux2_lora.inference.pipeline import Prompted, generate, initial_noise
+from flux2_lora.inference.sampling import Prompted, generate, initial_noise
 from flux2_lora.options import option
 from flux2_lora.training.encoding import Encoder
 
@@ -149,9 +149,8 @@ class Previewer:
         return Section(columns=["picture", "mask", "result"], rows=rows)
 
     def _paint(self, transformer: nn.Module, picture: Image.Image, mask: Image.Image) -> Image.Image:
-        noise = initial_noise(self.family, picture.height, picture.width, [0]).to(self.device)
         prompted = self._prompted(self.scene.edited_conditioning)
-        return inpaint(self.family, transformer, self.vae, prompted, picture, mask, noise, self.spec.steps)
+        return inpaint(self.family, transformer, self.vae, prompted, picture, mask, self.spec.steps)
 
     def _prompted(self, positive: Conditioning) -> Prompted:
         return Prompted(

@@ -7,6 +7,7 @@ tokens, 16 x 16 pixels each; and a picture's latents are the posterior's mean, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ class Flux2:
     latent_channels: int = 128
     pixels_per_token: int = 16
     samples_posterior: bool = False
+    takes_references: bool = True
 
     def configuration(self, shapes: Shapes) -> dict[str, Any]:
         """The configuration that a transformer of these tensors has; a SwiGLU's first layer is twice as wide."""
@@ -73,18 +75,23 @@ class Flux2:
         sigmas: Tensor,
         conditioning: Conditioning,
         guidance: float | None = None,
+        references: Sequence[Tensor] = (),
     ) -> Tensor:
+        """References are more image tokens, of times 10, 20, ...; what the transformer says of them is dropped."""
         dtype, (height, width) = compute_type(transformer), latents.shape[2:]
+        shown = [reference.expand(len(latents), -1, -1, -1) for reference in references]
+        ids = [geometry.image_ids(height, width, latents.device)]
+        ids += [geometry.image_ids(*one.shape[2:], latents.device, t=10 * t) for t, one in enumerate(shown, start=1)]
         packed = transformer(
-            hidden_states=geometry.pack(latents).to(dtype),
+            hidden_states=torch.cat([geometry.pack(one) for one in (latents, *shown)], dim=1).to(dtype),
             encoder_hidden_states=conditioning.embeds.to(dtype),
             timestep=sigmas.to(dtype),
             guidance=embedded_guidance(transformer, latents, guidance),
-            img_ids=geometry.image_ids(height, width, latents.device).expand(len(latents), -1, -1),
+            img_ids=torch.cat(ids).expand(len(latents), -1, -1),
             txt_ids=geometry.text_ids(conditioning.embeds.shape[1], latents.device).expand(len(latents), -1, -1),
             return_dict=False,
         )[0]
-        return geometry.unpack(packed, height, width).to(latents.dtype)
+        return geometry.unpack(packed[:, : height * width], height, width).to(latents.dtype)
 
     def training_mu(self, tokens: int) -> float:
         return linear_mu(tokens)

@@ -16,7 +16,7 @@ from flux2_lora import quantize
 from flux2_lora.adapters import AdapterSpec, attach, lora_layers
 from flux2_lora.conditioning import Conditioning, stack
 from flux2_lora.families import Model, ModelSpec, family_names, open_model
-from flux2_lora.inference.pipeline import Prompted, velocity_of
+from flux2_lora.inference.sampling import Prompted, velocity_of
 from flux2_lora.latents import pack, unpack
 from flux2_lora.networks import text
 from flux2_lora.quantize import PrecisionSpec, load_frozen

@@ -12,7 +12,7 @@ import torch
 from flux2_lora.dataset.pictures import crop_to, open_picture
 from flux2_lora.families import Model
 from flux2_lora.inference.pictures import to_pictures
-from flux2_lora.inference.pipeline import Prompted, generate, initial_noise
+from flux2_lora.inference.sampling import Prompted, generate, initial_noise
 from flux2_lora.quantize import PrecisionSpec, load_frozen
 from flux2_lora.samplers import empirical_mu, schedule
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from flux2_lora import latents as geometry
 from flux2_lora.flow import TimestepSpec, draw_sigma, generator, linear_mu, mix, shift_sigmas, velocity_error
-from flux2_lora.samplers import empirical_mu, euler, from_strength, guided, schedule
+from flux2_lora.samplers import SAMPLERS, empirical_mu, euler, from_strength, guided, schedule, tiled
 
 
 @given(mu=st.floats(-3, 3))
@@ -79,3 +80,48 @@ def test_patches_tokens_and_statistics_come_back() -> None:
     assert tokens.shape == (2, 12, 128)
     back = geometry.unpatchify(geometry.denormalise(geometry.unpack(tokens, 4, 3), mean, var, 1e-4))
     torch.testing.assert_close(back, raw, atol=1e-5, rtol=1e-5)
+
+
+def test_heun_is_of_second_order_where_euler_is_of_first() -> None:
+    """On v = x the exact end of a path from 1 to 0 is x / e."""
+    x, ends = torch.ones(1, 1, 1, 1, dtype=torch.float64), {}
+    for name, sampler in SAMPLERS.items():
+        errors = [float(sampler(lambda x, _: x, x, torch.linspace(1, 0, n + 1), None) - x / math.e) for n in (20, 40)]
+        ends[name] = abs(errors[0] / errors[1])
+    assert ends["euler"] == pytest.approx(2, rel=0.1)
+    assert ends["heun"] > 2.5  # the Euler step to 0 counts less and less
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_every_sampler_returns_the_picture_from_its_true_velocity(sampler: str) -> None:
+    picture, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    for strength in (0.0, 0.3, 1.0):
+        sigmas = from_strength(schedule(7, 1.1), strength)
+        start = mix(picture, noise, sigmas[:1].expand(2))
+        end = SAMPLERS[sampler](lambda _x, _s: noise - picture, start, sigmas, None)
+        torch.testing.assert_close(end, picture, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 21), (30, 13), (5, 40)])
+def test_tiles_of_a_velocity_that_is_local_are_the_whole(height: int, width: int) -> None:
+    sizes = []
+
+    def local(x: Tensor, sigma: float) -> Tensor:
+        sizes.append(x.shape[2:])
+        return sigma * x.sin()
+
+    x = torch.randn(2, 3, height, width)
+    torch.testing.assert_close(tiled(local, 8, 2)(x, 0.5), local(x, 0.5))
+    assert all(tall <= 8 and wide <= 8 for tall, wide in sizes[:-1])
+
+
+def test_tiles_that_disagree_fade_into_each_other() -> None:
+    def contrary(x: Tensor, _sigma: float) -> Tensor:
+        return torch.full_like(x, float(x[..., 0, 0].mean()))
+
+    x = torch.arange(14.0).expand(1, 1, 8, 14)
+    found = tiled(contrary, 8, 2)(x, 1.0)[0, 0, 0]
+    assert found[0] == 0
+    assert found[-1] == pytest.approx(6)
+    assert (found.diff() >= 0).all()
+    assert found.diff().max() < 4
