@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from flux2_lora.adapters import read_adapters
+from flux2_lora.adapters import find_adapter
 from flux2_lora.config import program
 from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError
@@ -24,6 +24,7 @@ from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.inference.pictures import fit, read_picture
 from flux2_lora.inference.pipeline import Prompted, initial_noise
 from flux2_lora.inference.session import encode_prompts, open_session
+from flux2_lora.lora_files import read_loras
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec
 from flux2_lora.training.progress import console
@@ -66,12 +67,17 @@ def main(config: EditConfig) -> None:
             "give a mask of the picture's size: white is repainted, black is kept",
         )
     canvas, mask, mode = what_to_paint(config, picture, drawn)
-    device, adapters = pick_device(config.device), read_adapters(config.adapters, config.model.family)
+    device = pick_device(config.device)
+    for place in config.adapters:
+        find_adapter(place)  # before a model is fetched
     model = open_model(config.model)
+    loras = read_loras(config.adapters, model)
+    for place, lora in loras.items():
+        console.print(f"adapter   {place}: {lora.summary}")
     if config.guidance is not None and not model.takes_guidance():
         console.print(f"guidance={config.guidance:g} is ignored: this model has no guidance embedding, use cfg_scale")
     positive, negative = encode_prompts(model, [config.prompt, config.negative_prompt], device)
-    session = open_session(model, config.precision, adapters, device)
+    session = open_session(model, config.precision, loras, device)
     whole = padded(canvas, session.family.pixels_per_token)
     prompted = Prompted(positive=positive, negative=negative, cfg_scale=config.cfg_scale, guidance=config.guidance)
     noise = initial_noise(session.family, whole.height, whole.width, [config.seed]).to(session.device)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from flux2_lora.adapters import read_adapters
+from flux2_lora.adapters import find_adapter
 from flux2_lora.config import program
 from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError
@@ -22,6 +22,7 @@ from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.inference.pictures import fit, read_picture, to_pictures, to_pixels
 from flux2_lora.inference.pipeline import Prompted, generate, initial_noise
 from flux2_lora.inference.session import Session, encode_prompts, open_session
+from flux2_lora.lora_files import read_loras
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec
 from flux2_lora.training.progress import console
@@ -54,12 +55,17 @@ def main(config: SampleConfig) -> None:
     if not config.prompts:
         raise UserError("prompts=[] asks for no picture", "give prompts='[first prompt, second prompt]'")
     source = read_picture(config.image, "image") if config.image else None
-    device, adapters = pick_device(config.device), read_adapters(config.adapters, config.model.family)
+    device = pick_device(config.device)
+    for place in config.adapters:
+        find_adapter(place)  # before a model is fetched
     model = open_model(config.model)
+    loras = read_loras(config.adapters, model)
+    for place, lora in loras.items():
+        console.print(f"adapter   {place}: {lora.summary}")
     if config.guidance is not None and not model.takes_guidance():
         console.print(f"guidance={config.guidance:g} is ignored: this model has no guidance embedding, use cfg_scale")
     *positives, negative = encode_prompts(model, [*config.prompts, config.negative_prompt], device)
-    session = open_session(model, config.precision, adapters, device)
+    session = open_session(model, config.precision, loras, device)
 
     columns = columns_of(config)
     rows: list[tuple[str, list[Image.Image]]] = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from flux2_lora.adapters import Adapter, attach_trained, set_strengths
+from flux2_lora.adapters import Lora, attach_loras, set_strengths
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.families import Model, ModelFamily
 from flux2_lora.quantize import PrecisionSpec, load_frozen
@@ -36,10 +36,8 @@ def encode_prompts(model: Model, prompts: Sequence[str], device: torch.device) -
     return [encoded[prompt].to(device, torch.float32) for prompt in prompts]
 
 
-def open_session(
-    model: Model, precision: PrecisionSpec, adapters: Mapping[str, Adapter], device: torch.device
-) -> Session:
-    """Load transformer and VAE, and attach the adapters; UserError for an adapter that does not fit."""
+def open_session(model: Model, precision: PrecisionSpec, loras: Mapping[str, Lora], device: torch.device) -> Session:
+    """Load transformer and VAE, and attach the LoRAs."""
     transformer = load_frozen(model, precision, device)
-    names = attach_trained(transformer, model.family.architecture, adapters)
+    names = attach_loras(transformer, loras)
     return Session(model.family, transformer, model.load_vae(device), names, device)
