@@ -4,7 +4,8 @@ Hu et al. 2021 (arXiv:2106.09685).
 
 PEFT does the wrapping; here stand the laws around it: every projection of the chosen groups is targeted and counted
 against the model, A and B are float32 whatever the base is stored in, A starts from a stream keyed by its name, B at
-zero, and strength 0 is the base bit for bit, since the adapter is then switched off and not multiplied by zero.
+zero, and strength 0 is the base bit for bit, since the adapter is then switched off and not multiplied by zero. LoRAs
+of any origin (flux2_lora.lora_files) are attached the same way, each Linear at its own rank and scale, or merged.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -27,6 +30,7 @@ from flux2_lora.files import write_tensors
 from flux2_lora.flow import generator
 from flux2_lora.networks.transformers import block_linears
 from flux2_lora.options import option
+from flux2_lora.quantize import FrozenLinear
 from flux2_lora.targets import resolve
 
 if TYPE_CHECKING:  # importing PEFT takes seconds, which a refused command should not cost
@@ -66,38 +70,128 @@ class Adapter:
     trigger_word: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoraWeights:
+    """The update scale * up @ down of one Linear: down [r in], up [out r]. Equal to itself only, as tensors are."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lora:
+    """What a LoRA file does to a model: Diffusers module -> its update.
+
+    naming: whose names the file has; total: Linears that it updates, of which `modules` may be a part (block ranges).
+    """
+
+    modules: dict[str, LoraWeights]
+    naming: str
+    total: int
+    family: str | None = None
+    trigger_word: str | None = None
+
+    @property
+    def summary(self) -> str:
+        """ "28 of 28 modules, kohya's names"."""
+        return f"{len(self.modules)} of {self.total} modules, {self.naming} names"
+
+
 def attach(transformer: nn.Module, architecture: str, spec: AdapterSpec, *, seed: int, name: str = "default") -> int:
     """Wrap the targeted Linears of `transformer`; returns how many. RuntimeError when PEFT missed one.
 
     A group with a rank of its own keeps the scale alpha / rank of the rest.
     """
+    ranks = resolve(spec.targets, architecture, block_linears(transformer), spec.rank)
+    wrapped = _wrap(transformer, {module: (rank, spec.scale) for module, rank in ranks.items()}, name)
+    for path, layer in wrapped.items():
+        down, up = _halves(layer, name)
+        bound = 1 / math.sqrt(down.in_features)
+        start = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=generator(seed, "adapter", path))
+        _fill(layer, name, start, torch.zeros(up.weight.shape))
+    return len(wrapped)
+
+
+def attach_loras(transformer: nn.Module, loras: Mapping[str, Lora]) -> list[str]:
+    """Attach LoRAs beside each other at strength 1; returns the names to use in `set_strengths`, in their order."""
+    names = [f"adapter{index}" for index in range(len(loras))]
+    for name, lora in zip(names, loras.values(), strict=True):
+        sizes = {module: (weights.down.shape[0], weights.scale) for module, weights in lora.modules.items()}
+        for path, layer in _wrap(transformer, sizes, name).items():
+            _fill(layer, name, lora.modules[path].down, lora.modules[path].up)
+    set_strengths(transformer, dict.fromkeys(names, 1.0))
+    return names
+
+
+@torch.no_grad()
+def merge_loras(transformer: nn.Module, strengths: Mapping[str, float]) -> None:
+    """Add strength * scale * B A of each named adapter to the base for good, and remove all adapters.
+
+    The sum is taken in float32 and rounded, or quantised again, once. KeyError for a name that is not attached.
+    """
+    layers = dict(lora_layers(transformer))
+    for unknown in strengths.keys() - {name for layer in layers.values() for name in layer.lora_A}:
+        raise KeyError(unknown)
+    for path, layer in layers.items():
+        base = cast("nn.Linear", layer.get_base_layer())
+        updates = [
+            strength * layer.lora_alpha[name] / layer.r[name] * up.weight.float() @ down.weight.float()
+            for name, strength in strengths.items()
+            if strength != 0 and name in layer.lora_A
+            for down, up in [_halves(layer, name)]
+        ]
+        if updates and isinstance(base, FrozenLinear):
+            base.add(reduce(torch.add, updates))
+        elif updates:
+            base.weight.copy_(reduce(torch.add, updates, base.weight.float()))
+        transformer.set_submodule(path, base)
+    if layers:
+        del transformer.peft_config  # PEFT's record of what is attached
+
+
+def _wrap(transformer: nn.Module, sizes: Mapping[str, tuple[int, float]], name: str) -> dict[str, LoraLayer]:
+    """Wrap modules at (rank, scale) each, in the model's order; RuntimeError when PEFT missed one."""
     from peft import LoraConfig, inject_adapter_in_model
 
     from flux2_lora.lora_linear import LoraLinear
 
-    ranks = resolve(spec.targets, architecture, block_linears(transformer), spec.rank)
-    own = {f"^{re.escape(module)}": group for module, group in ranks.items() if group != spec.rank}
+    groups: dict[tuple[int, float], list[str]] = {}
+    for module, size in sizes.items():
+        groups.setdefault(size, []).append(re.escape(module))
+    (rank, scale), *_ = groups
+    patterns = {f"^(?:{'|'.join(modules)})": size for size, modules in groups.items()}
     config = LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.scale * spec.rank,  # type: ignore[arg-type]
-        target_modules="|".join(map(re.escape, ranks)),
-        rank_pattern=own,
-        alpha_pattern={pattern: spec.scale * group for pattern, group in own.items()},
+        r=rank,
+        lora_alpha=scale * rank,  # type: ignore[arg-type]
+        target_modules="|".join(map(re.escape, sizes)),
+        rank_pattern={pattern: rank for pattern, (rank, _) in patterns.items()},
+        alpha_pattern={pattern: scale * rank for pattern, (rank, scale) in patterns.items()},
         bias="none",
     )
     config._register_custom_module({nn.Linear: LoraLinear})  # noqa: SLF001 - PEFT documents it for this use
-    inject_adapter_in_model(config, transformer, adapter_name=name)
-    wrapped = {p: layer for p, layer in lora_layers(transformer) if name in layer.lora_A and type(layer) is LoraLinear}
-    if wrapped.keys() != ranks.keys():
-        raise RuntimeError(f"PEFT wrapped {len(wrapped)} modules where {len(ranks)} were targeted")
-    for path, layer in wrapped.items():
-        down, up = cast("nn.Linear", layer.lora_A[name]), cast("nn.Linear", layer.lora_B[name])
-        bound = 1 / math.sqrt(down.in_features)
-        start = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=generator(seed, "adapter", path))
-        device = next(layer.get_base_layer().buffers(), next(layer.get_base_layer().parameters(), start)).device
-        down.weight = nn.Parameter(start.to(device))
-        up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device))
-    return len(wrapped)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+        inject_adapter_in_model(config, transformer, adapter_name=name)
+    wrapped: dict[str, LoraLayer] = {
+        path: layer for path, layer in lora_layers(transformer) if name in layer.lora_A and type(layer) is LoraLinear
+    }
+    if wrapped.keys() != sizes.keys():
+        raise RuntimeError(f"PEFT wrapped {len(wrapped)} modules where {len(sizes)} were targeted")
+    return wrapped
+
+
+def _halves(layer: LoraLayer, name: str) -> tuple[nn.Linear, nn.Linear]:
+    """A and B of an adapter."""
+    return cast("nn.Linear", layer.lora_A[name]), cast("nn.Linear", layer.lora_B[name])
+
+
+def _fill(layer: LoraLayer, name: str, down: Tensor, up: Tensor) -> None:
+    """Give A and B their values, on the device of the base."""
+    base = layer.get_base_layer()
+    device = next(base.buffers(), next(base.parameters(), down)).device
+    for half, values in zip(_halves(layer, name), (down, up), strict=True):
+        half.weight = nn.Parameter(values.to(device))
 
 
 def lora_layers(transformer: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -226,15 +320,3 @@ def read_adapters(places: Sequence[str], family: str) -> dict[str, Adapter]:
                 f"choose a model of the family {adapter.family} with model=...",
             )
     return adapters
-
-
-def attach_trained(transformer: nn.Module, architecture: str, adapters: Mapping[str, Adapter]) -> list[str]:
-    """Attach adapters beside each other, and return the names to use in `set_strengths`."""
-    names = []
-    for index, (place, adapter) in enumerate(adapters.items()):
-        name = f"adapter{index}"
-        spec = AdapterSpec(rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets)
-        attach(transformer, architecture, spec, seed=0, name=name)
-        load_state(transformer, adapter.state, source=place, name=name)
-        names.append(name)
-    return names

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from flux2_lora.adapters import LoraWeights
 from flux2_lora.errors import UserError, listed
 from flux2_lora.files import sync_folder, write_tensors
 from flux2_lora.keys import bfl_of, is_target, kohya_of, members_of
@@ -34,15 +35,6 @@ _REPOSITORIES = {"flux1": "flux", "flux2": "flux2"}
 _HALVES = (".lora_A.weight", ".lora_B.weight")
 _REMEDY = "give a run of this program (adapter=outputs/<name>) or one of its checkpoints"
 _ROWS_AT_ONCE = 2048  # of an update in float64: 2048 x 6144 is 100 MB, the whole of a 6144-wide linear1 is 2.7 GB
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LoraWeights:
-    """The update scale * up @ down of one Linear: down [r in], up [out r]. Equal to itself only, as tensors are."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,6 +123,11 @@ class FrozenLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         return _REBUILD[self.kind](self.values, self.scale, self.compute_dtype, (self.out_features, self.in_features))
 
+    def add(self, update: Tensor) -> None:
+        """W += update [out in], in float32; the sum is quantised anew in the same kind."""
+        weight = _REBUILD[self.kind](self.values, self.scale, torch.float32, (self.out_features, self.in_features))
+        self.values, self.scale = _quantized(Stored(values=weight + update), self.kind, weight.device)
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))

@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from flux2_lora.adapters import set_strengths
+from flux2_lora.adapters import Lora, attach_loras, merge_loras, set_strengths
 from flux2_lora.conditioning import Conditioning, stack
 from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError
@@ -29,7 +29,7 @@ from flux2_lora.families import Model, ModelFamily, ModelSpec, open_model
 from flux2_lora.inference.edit import Border, around, border_for, extend, inpaint, padded, soften
 from flux2_lora.inference.pictures import decoded, encoded, fit, mask_of
 from flux2_lora.inference.sampling import Prompted, Recipe, generate, initial_noise, split_to_fit, start_and_noise
-from flux2_lora.lora_files import Lora, attach_loras, merge_loras, read_loras
+from flux2_lora.lora_files import read_loras
 from flux2_lora.options import from_mapping
 from flux2_lora.quantize import PrecisionSpec, load_frozen
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flux2_lora.adapters import Lora
 from flux2_lora.errors import UserError
 from flux2_lora.families import Model
 from flux2_lora.inference.sampling import Recipe
-from flux2_lora.lora_files import Lora, read_loras
+from flux2_lora.lora_files import read_loras
 from flux2_lora.training.progress import console
 
 
@@ -35,7 +36,7 @@ def read_chosen(choice: AdapterChoice, model: Model) -> Mapping[str, Lora]:
         )
     loras = read_loras(choice.adapters, model, choice.blocks)
     for place, lora in loras.items():
-        console.print(f"adapter   {place}: {lora.report}")
+        console.print(f"adapter   {place}: {lora.summary}")
     return loras
 
 

@@ -1,0 +1,360 @@
+"""LoRA files of any trainer, read for a model: whose names they have, and what they do to each of its Linears.
+
+    our own     <module>.lora_A.weight
+    Diffusers   transformer.<module>.lora_A.weight; also PEFT's base_model.model.<module> and bare names
+    BFL         diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight, or .lora_down.weight
+    kohya       lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight; also with Diffusers' modules
+
+Law: every Linear gets exactly the update that the file means, or the file is refused with the cause; no key is passed
+over. A fused weight is cut into its Linears by rows. Columns of B that are zero in these rows are dropped with their
+rows of A, which changes nothing, so that our own export comes back at the trained ranks.
+
+The scale is alpha / rank. Our own alpha lies in the header, for all modules; kohya's, BFL's and ComfyUI's in a tensor
+`<name>.alpha`; Diffusers' and PEFT's in the configuration of the header (`lora_adapter_metadata`) or beside the file
+(adapter_config.json). A tensor goes before a configuration; where neither is there, alpha is the rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flux2_lora.adapters import Lora, LoraWeights, find_adapter
+from flux2_lora.errors import UserError, listed
+from flux2_lora.families import Model
+from flux2_lora.keys import ARCHITECTURES, Place, bfl_of, members_of
+from flux2_lora.targets import numbers_of
+
+_HALF = r"[._]lora(?:_linear_layer)?[._](?P<half>down|up|A|B)(?:\.default)?(?:\.weight)?"
+_KEY = re.compile(rf"(?P<name>.+?)(?:{_HALF}|\.(?P<alpha>alpha))")
+_PREFIX = re.compile(
+    r"lora_unet_|lora_transformer_|lycoris_|(?:base_model\.model\.)?(?:transformer\.|(?:model\.)?diffusion_model\.)?"
+)
+_BLOCK = re.compile(r"((?:(?:single_)?transformer|double|single)_blocks)_(\d+)_(.+)")
+_UNET = re.compile(r"(?:lora_unet_|unet\.)?(?:(?:down|up|input|output)_blocks|mid(?:dle)?_block)[._].*")
+_TEXT = re.compile(r"(?:lora_te\d?_|text_encoders?(?:_\d)?\.).*")
+_OTHER_KINDS = {
+    "LoHa": r"\.hada_",
+    "LoKr": r"\.lokr_",
+    "DoRA": r"\.(dora_scale|lora_magnitude_vector)",
+    "OFT": r"\.b?oft_",
+    "GLoRA": r"\.[ab][12]\.weight$",
+    "LoCon with a third matrix": r"\.lora_mid\.",
+    "whole differences of weights": r"\.(diff|diff_b|set_weight)$",
+    "LoRA with biases": r"\.lora_(B|up)\.bias$",
+}
+_OUR_HEADER = {"family", "targets", "rank", "alpha"}
+_TITLES = {"flux1": "FLUX.1", "flux2": "FLUX.2"}
+# Outputs over inputs of BFL weights whose names are the same in both architectures.
+_PROPORTIONS: Mapping[str, Mapping[str, float]] = {
+    ".linear1": {"flux1": 7, "flux2": 9},
+    ".linear2": {"flux1": 1 / 5, "flux2": 1 / 4},
+    "_mlp.0": {"flux1": 4, "flux2": 6},
+    "_mlp.2": {"flux1": 1 / 4, "flux2": 1 / 3},
+}
+_FETCH = "the file is damaged or was converted wrongly; fetch it from its first source"
+_OTHER_MODEL = "use it with the model that it was trained on; choose that with model=..."
+_OTHER_SIZE = f"{_OTHER_MODEL} (FLUX.1 and klein 4B are 3072 wide, klein 9B 4096, FLUX.2 dev 6144)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Weight:
+    """What a name of a file stands for: a BFL or Diffusers weight, and the Linears of the model that it holds."""
+
+    weight: str
+    members: tuple[str, ...]
+    naming: str
+
+
+@dataclass(kw_only=True)
+class _Parts:
+    """The tensors of one name."""
+
+    halves: dict[str, Tensor] = field(default_factory=dict)
+    alpha: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Alphas:
+    """Where alpha is no tensor. alpha: of all modules, None for their ranks; patterns: PEFT's, module -> its own.
+
+    scale: of all modules, whatever their rank, as our own files mean it.
+    """
+
+    alpha: float | None = None
+    patterns: Mapping[str, float] = field(default_factory=dict)
+    rank_stabilised: bool = False
+    scale: float | None = None
+
+    def scale_of(self, module: str, rank: int, alpha: float | None) -> float:
+        """What B A is multiplied by; alpha: that of the tensor, if there is one."""
+        if self.scale is not None:
+            return self.scale
+        if alpha is None:
+            own = (a for pattern, a in self.patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+            alpha = next(own, self.alpha)
+            if alpha is not None and self.rank_stabilised:
+                return alpha / math.sqrt(rank)
+        return 1.0 if alpha is None else alpha / rank
+
+
+def read_loras(places: Sequence[str], model: Model, blocks: Sequence[str] = ()) -> dict[str, Lora]:
+    """Place (run folder, checkpoint folder or file) -> its LoRA; a place that is named again gets a number.
+
+    blocks: entries of flux2_lora.targets. Only projections that they name are then updated, times the number of the
+    entry where it has one; no entries leave everything as it is. UserError for what does not fit the model.
+    """
+    loras = {}
+    for index, place in enumerate(places):
+        lora, count = read_lora(place, model), places[: index + 1].count(place)
+        loras[place if count == 1 else f"{place} ({count})"] = _within(lora, place, model, blocks) if blocks else lora
+    return loras
+
+
+def read_lora(place: str, model: Model) -> Lora:
+    """Read a LoRA under anyone's names; UserError with the cause where it is not wholly one of this model."""
+    path, architecture = find_adapter(place), model.family.architecture
+    tensors, header = _read(path)
+    ours = header.keys() >= _OUR_HEADER
+    if ours and header["family"] != model.family.name:
+        raise UserError(
+            f"{place} is an adapter of the family {header['family']}, the model is of {model.family.name}",
+            f"choose a model of the family {header['family']} with model=...",
+        )
+    _refuse_other_kinds(place, list(tensors))
+    parts = _parts_of(place, tensors)
+    weights = _weights_of(place, list(parts), architecture)
+    pairs = _pairs_of(place, path, header, parts, weights)
+    _refuse_other_shapes(place, pairs, weights, model)
+    modules: dict[str, LoraWeights] = {}
+    for name, weight in weights.items():
+        cut = _cut(pairs[name], weight, model)
+        _refuse(place, "says more than once what it does to", sorted(cut.keys() & modules.keys()))
+        modules |= cut
+    if not modules:
+        raise UserError(f"{place} changes nothing: it holds no B that is not zero", "give a LoRA that was trained")
+    return Lora(
+        modules=modules,
+        naming="our own" if ours else " and ".join(sorted({weight.naming for weight in weights.values()})),
+        total=len(modules),
+        family=header["family"] if ours else None,
+        trigger_word=header.get("trigger_word") or header.get("modelspec.trigger_phrase") or None,
+    )
+
+
+def _within(lora: Lora, place: str, model: Model, blocks: Sequence[str]) -> Lora:
+    """The part of a LoRA that is in these blocks; UserError where that is none of it."""
+    numbers = numbers_of(blocks, model.family.architecture, model.projections(), option="blocks")
+    factors = {module: 1.0 if number is None else number for module, number in numbers.items()}
+    modules = {
+        module: replace(weights, scale=weights.scale * factors[module])
+        for module, weights in lora.modules.items()
+        if factors.get(module)
+    }
+    if not modules:
+        raise UserError(f"blocks=[{','.join(blocks)}] leaves nothing of {place}", "give blocks that it was trained on")
+    return replace(lora, modules=modules)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header) of a file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error})", "fetch it again; pickles (.pt, .bin) are never opened"
+        ) from error
+
+
+def _parts_of(place: str, tensors: Mapping[str, Tensor]) -> dict[str, _Parts]:
+    """Name as the file spells it -> its tensors; UserError for keys of another form."""
+    parts: dict[str, _Parts] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        found = _KEY.fullmatch(key)
+        if found is None or (found["alpha"] and tensor.numel() != 1):
+            unknown.append(key)
+            continue
+        named = parts.setdefault(found["name"], _Parts())
+        if found["alpha"]:
+            named.alpha = float(tensor.item())
+            continue
+        half = {"A": "down", "B": "up"}.get(found["half"], found["half"])
+        _refuse(place, "says more than once what it does to", [found["name"]] if half in named.halves else [])
+        named.halves[half] = tensor
+    _refuse(place, f"holds keys that no LoRA has, {len(unknown)} of {len(tensors)}:", unknown)
+    return parts
+
+
+def _weights_of(place: str, names: Sequence[str], architecture: str) -> dict[str, _Weight]:
+    """Name -> what it stands for; UserError that says what the file is where the architecture lacks some."""
+    weights = {name: _located(name, architecture) for name in names}
+    known = {name: weight for name, weight in weights.items() if weight is not None}
+    unknown = [name for name in names if name not in known]
+    title = _TITLES[architecture]
+    if any(_UNET.fullmatch(name) for name in unknown):
+        raise UserError(f"{place} is a LoRA of a UNet (SDXL or SD 1.5), the model is {title}", _OTHER_MODEL)
+    for other in ARCHITECTURES.keys() - {architecture}:
+        if any(_located(name, other) for name in unknown):
+            raise UserError(f"{place} is a LoRA of {_TITLES[other]}, the model is {title}", _OTHER_MODEL)
+    texts = [name for name in unknown if _TEXT.fullmatch(name)]
+    _refuse(place, "changes text encoders too:", texts, "give a LoRA of the transformer alone")
+    _refuse(
+        place, f"holds names that no {title} transformer has, {len(unknown)} of {len(names)}:", unknown, _OTHER_MODEL
+    )
+    return known
+
+
+def _located(name: str, architecture: str) -> _Weight | None:
+    """What a name stands for in any model of the architecture; None for nothing.
+
+    "_" and "." are the same here: no two names of an architecture differ in them alone.
+    """
+    found = _PREFIX.match(name)
+    prefix = found[0] if found else ""
+    flat = name[len(prefix) :].replace(".", "_")
+    block = _BLOCK.fullmatch(flat)
+    starred = _table(architecture).get(f"{block[1]}_*_{block[3]}" if block else flat)
+    if starred is None:
+        return None
+    weight = starred.replace("*", block[2] if block else "")
+    is_bfl = starred not in _linears(architecture)
+    naming = "kohya" if prefix.endswith("_") else "BFL" if is_bfl else "Diffusers"
+    return _Weight(weight=weight, members=members_of(architecture, weight) if is_bfl else (weight,), naming=naming)
+
+
+def _linears(architecture: str) -> Mapping[str, Place]:
+    table = ARCHITECTURES[architecture]
+    return {**table.blocks, **table.outside}
+
+
+@cache
+def _table(architecture: str) -> Mapping[str, str]:
+    """Name with "_" for every "." -> the name of a Linear or of a BFL weight; "*" for the number of a block."""
+    linears = _linears(architecture)
+    return {name.replace(".", "_"): name for name in [*linears, *(place.module for place in linears.values())]}
+
+
+def _pairs_of(
+    place: str, path: Path, header: Mapping[str, str], parts: Mapping[str, _Parts], weights: Mapping[str, _Weight]
+) -> dict[str, LoraWeights]:
+    """Name -> its update, float32; UserError for missing halves, matrices that are no pair, values not finite."""
+    _refuse(place, "lacks A or B of", [name for name, part in parts.items() if len(part.halves) != 2], _FETCH)
+    _refuse(place, "holds A and B that are no pair of matrices:", [n for n, p in parts.items() if not _is_pair(p)])
+    alphas, pairs = _alphas(place, path, header), {}
+    for name, part in parts.items():
+        down, up = part.halves["down"].float(), part.halves["up"].float()
+        scale = alphas.scale_of(weights[name].weight, len(down), part.alpha)
+        pairs[name] = LoraWeights(down=down, up=up, scale=scale)
+    broken = [
+        name
+        for name, pair in pairs.items()
+        if not (math.isfinite(pair.scale) and pair.down.isfinite().all() and pair.up.isfinite().all())
+    ]
+    _refuse(place, "holds values that are not finite in", broken)
+    return pairs
+
+
+def _is_pair(parts: _Parts) -> bool:
+    down, up = parts.halves["down"], parts.halves["up"]
+    return down.ndim == up.ndim == 2 and down.shape[0] == up.shape[1] and bool(down.numel() and up.numel())
+
+
+def _alphas(place: str, path: Path, header: Mapping[str, str]) -> _Alphas:
+    """What the header says of alpha, or the configuration beside a file of PEFT's."""
+    if header.keys() >= _OUR_HEADER:
+        return _Alphas(scale=float(header["alpha"]) / int(header["rank"]))
+    beside = path.with_name("adapter_config.json")
+    text = header.get("lora_adapter_metadata")
+    if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
+        text = beside.read_text(encoding="utf-8")
+    if text is None:
+        return _Alphas()
+    try:
+        raw: dict[str, Any] = json.loads(text)
+        config: dict[str, Any] = {key.removeprefix("transformer."): value for key, value in raw.items()}
+        patterns = {pattern: float(alpha) for pattern, alpha in (config.get("alpha_pattern") or {}).items()}
+        for pattern in patterns:
+            re.compile(pattern)
+        alpha = config.get("lora_alpha")
+        return _Alphas(
+            alpha=None if alpha is None else float(alpha),
+            patterns=patterns,
+            rank_stabilised=bool(config.get("use_rslora")),
+        )
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise UserError(f"{place} carries a configuration that cannot be read ({error})", _FETCH) from error
+
+
+def _refuse_other_kinds(place: str, keys: Sequence[str]) -> None:
+    for kind, mark in _OTHER_KINDS.items():
+        found = [key for key in keys if re.search(mark, key)]
+        _refuse(
+            place,
+            f"holds {kind} in {len(found)} of its {len(keys)} keys:",
+            found,
+            "only plain LoRA is read, W + scale * B A; convert the file with its trainer, or choose another",
+        )
+
+
+def _refuse_other_shapes(
+    place: str, pairs: Mapping[str, LoraWeights], weights: Mapping[str, _Weight], model: Model
+) -> None:
+    """UserError for pairs that do not fit the model's Linears, or have none: another architecture, size or depth."""
+    there = {name: weight for name, weight in weights.items() if all(_shape(m, model) for m in weight.members)}
+    wrong = []
+    for name, weight in there.items():
+        heights, widths = zip(*(_shape(member, model) for member in weight.members), strict=True)
+        height, width = len(pairs[name].up), pairs[name].down.shape[1]
+        if (height, width) != (sum(heights), widths[0]):
+            _refuse_other_proportions(place, weight.weight, height / width, model.family.architecture)
+            wrong.append(f"{weight.weight} [{height} {width}] for [{sum(heights)} {widths[0]}]")
+    size = f"is a LoRA of a model of another size, {len(wrong)} of {len(weights)} modules differ in shape:"
+    _refuse(place, size, wrong, _OTHER_SIZE)
+    lost = [weight.weight for name, weight in weights.items() if name not in there]
+    _refuse(place, f"changes modules that this model does not have, {len(lost)} of {len(weights)}:", lost, _OTHER_SIZE)
+
+
+def _refuse_other_proportions(place: str, weight: str, proportion: float, architecture: str) -> None:
+    """UserError where a weight of the wrong shape has the proportions of another architecture."""
+    for ending, proportions in _PROPORTIONS.items():
+        for other, its in proportions.items():
+            if weight.endswith(ending) and other != architecture and math.isclose(proportion, its):
+                raise UserError(
+                    f"{place} is a LoRA of {_TITLES[other]}, the model is {_TITLES[architecture]}", _OTHER_MODEL
+                )
+
+
+def _shape(module: str, model: Model) -> tuple[int, ...]:
+    """[out in] of a Linear of the model; empty where there is none."""
+    return model.weights.shapes.get(f"{module}.weight", ())
+
+
+def _cut(pair: LoraWeights, weight: _Weight, model: Model) -> dict[str, LoraWeights]:
+    """Linear -> its part of a weight's update; a Linear whose rows of B are all zero has none."""
+    if weight.members == (weight.weight,):
+        return {weight.weight: pair}
+    ups = pair.up.split([_shape(member, model)[0] for member in weight.members])
+    parts = {}
+    for member, up in zip(weight.members, ups, strict=True):
+        rows = torch.cat(up.chunk(2)[::-1]) if bfl_of(model.family.architecture, member).swapped else up
+        used = rows.any(dim=0) if len(ups) > 1 else torch.ones(rows.shape[1], dtype=torch.bool)
+        if used.any():
+            parts[member] = replace(pair, down=pair.down[used], up=rows[:, used])
+    return parts
+
+
+def _refuse(place: str, what: str, names: Sequence[str], remedy: str = _FETCH) -> None:
+    if names:
+        raise UserError(f"{place} {what} {listed(names, 3)}", remedy)
