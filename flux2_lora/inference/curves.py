@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 
 Point = tuple[float, float]
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 240, 50, 14, 14, 42
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 240, 50, 24, 14, 42
 _MOST_POINTS, _OUTLIERS = 400, 0.02
 
 

@@ -174,9 +174,10 @@ def _pictures(run: _Run) -> str:
     edited = "".join(_edit_row(run, name, side) for name in edits)
     if edited:
         edited = f'<h3 class="part">Repainting a picture</h3><div class="rows">{edited}</div>'
+    kind = "look beside" if learned else "look"
     return (
         f"<section><h2>Pictures by step</h2>{_slider(run)}"
-        f'<div class="look"><div><div class="rows">{rows}</div>{edited}</div>{learned}</div></section>'
+        f'<div class="{kind}"><div><div class="rows">{rows}</div>{edited}</div>{learned}</div></section>'
     )
 
 
