@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flux2_lora.inference.grid import _MOST_LINES, Section, _font, _lines, _wrapped, draw_grid
+from flux2_lora.inference.grid import _MOST_LINES, Section, _font, _fonts, _has, _lines, _wrapped, draw_grid
 
 RED = (255, 0, 0)
 LONG = "a watercolour of a lighthouse above the sea, soft light, long shadows, " * 2
@@ -36,16 +37,27 @@ def columns_of(grid: Image.Image) -> list[int]:
 
 @given(st.text(st.characters(codec="latin-1", categories=("L", "N", "P", "Zs")), max_size=200), st.integers(40, 300))
 def test_wrapped_lines_fit_and_lose_nothing(text: str, width: int) -> None:
-    lines = list(_lines(text, 14, width))
-    assert all(_font(14).getlength(line) <= width for line in lines)
+    font = _font(text, 14)
+    lines = list(_lines(text, font, width))
+    assert all(font.getlength(line) <= width for line in lines)
     assert "".join("".join(lines).split()) == "".join(text.split())
 
 
 def test_what_is_too_long_all_the_same_says_so() -> None:
-    lines = _wrapped("word " * 400, 14, 130, _MOST_LINES)
-    assert len(lines) == _MOST_LINES
-    assert lines[-1].endswith("…")
-    assert _font(14).getlength(lines[-1]) <= 130
+    label = _wrapped("word " * 400, 14, 130, _MOST_LINES)
+    assert len(label.lines) == _MOST_LINES
+    assert label.lines[-1].endswith("…")
+    assert label.font.getlength(label.lines[-1]) <= 130
+
+
+def test_letters_that_the_usual_font_has_not_are_looked_for_in_others() -> None:
+    usual, *others = _fonts(14)
+    assert _font("a red kite", 14) is usual
+    assert not _has(usual, "Ж")
+    wider = [font for font in others if _has(font, "Ж")]
+    if not wider:
+        pytest.skip("no font with Cyrillic letters on this machine")
+    assert _has(_font("ЖЖ a kite", 14), "Ж")
 
 
 def test_long_labels_lie_over_no_picture_and_no_other_label() -> None:
