@@ -86,6 +86,13 @@ def test_headings_stay_above_their_own_column() -> None:
     assert ink.any()
 
 
+def test_headings_of_several_lines_push_the_pictures_down() -> None:
+    one, many = (draw_grid("t", [Section(columns=[head], rows=[("a", [cell()])])], 64) for head in ("a", "a " * 60))
+    lines = _wrapped("a " * 60, 14, 64, _MOST_LINES).lines
+    assert len(lines) > 2
+    assert red_rows(many)[0][0] - red_rows(one)[0][0] == (len(lines) - 1) * 18
+
+
 def test_a_title_wider_than_the_grid_wraps() -> None:
     one, many = (draw_grid(title, [Section(columns=["a"], rows=[("", [cell()])])], 64) for title in ("t", LONG))
     assert red_rows(many)[0][0] > red_rows(one)[0][0]
