@@ -41,6 +41,7 @@ from flux2_lora.flow import LossSpec, TimestepSpec
 from flux2_lora.inference.comparison import compare
 from flux2_lora.inference.own import own_samples
 from flux2_lora.inference.previews import Previewer, PreviewSet, PreviewSpec, preview_set
+from flux2_lora.inference.run_page import write_report
 from flux2_lora.inference.watch import Watch, due, open_watch
 from flux2_lora.networks.features import Features, load_features
 from flux2_lora.options import option
@@ -212,7 +213,7 @@ def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Dat
         samples = encode_samples(encoder, found.training, config.dataset, config.seed, preserve_class)
         held_out = still_samples(encoder, found.validation[: config.validation.most], config.dataset, config.seed)
         prompts, side = preview_prompts(config.dataset), max(config.dataset.resolution)
-        scene = preview_set(config.preview, prompts, encoder, [*found.validation, *found.training], side)
+        scene = preview_set(config.preview, prompts, encoder, found.validation, found.training, side)
         prune_cache(config.cache, encoder)
         if config.loader_workers:
             encoder.verify()  # an encoder cannot run in a worker, so damage is mended before they start
@@ -324,8 +325,7 @@ def learn(config: TrainConfig, run: Path, data: Data, state: TrainState, process
             f"the adapter of step {state.step - MOST_FAILURES} is kept in {run / 'checkpoints'}; lower optimizer.lr",
         )
     if stopping and not enough and state.step < config.max_steps:
-        again = shlex.join(["flux2-lora", "train", *arguments()])
-        console.print(f"stopped after step {state.step}; go on with\n  {again}")
+        tell_how_to_go_on(run, state.step, first=processes.first)
         sys.exit(128 + (interrupt.signal or signal.SIGTERM))
 
 
@@ -387,6 +387,7 @@ def export(config: TrainConfig, run: Path, data: Data, state: TrainState) -> Non
     )
     console.print(table(proofs))
     tell(config, run)
+    console.print(f"report    {write_report(run)}")
 
 
 def exported(config: TrainConfig, run: Path) -> Path:
@@ -402,6 +403,14 @@ def tell(config: TrainConfig, run: Path) -> None:
         following = shlex.join(["flux2-lora", "sample", *model, f"adapters=[{run}]", 'prompts=["a prompt"]'])
     for line in summary(run, exported(config, run), following):
         console.print(line)
+
+
+def tell_how_to_go_on(run: Path, step: int, *, first: bool) -> None:
+    """After a run that was stopped."""
+    again = shlex.join(["flux2-lora", "train", *arguments()])
+    console.print(f"stopped after step {step}; go on with\n  {again}")
+    if first:
+        console.print(f"report    {write_report(run)}")
 
 
 def where_to_start(config: TrainConfig, run: Path) -> Checkpoint | None:

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from flux2_lora.dataset import DatasetSpec, preview_prompts
 from flux2_lora.files import write_text
+from flux2_lora.inference.drawn import drawn_steps, picture_files, read_texts, step_folder
 from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.training.progress import console
 from flux2_lora.training.tracking import read_metrics
@@ -101,12 +102,12 @@ def sheet(results: Sequence[Result]) -> Section | None:
     shown = [(number, run, place) for number, run, place in found if place is not None][:_MOST_COLUMNS]
     if not shown:
         return None
-    bases = [_preview_at(run, 0) for _, run, _ in shown]
+    bases = [step_folder(run.folder / "previews", 0) for _, run, _ in shown]
     places = [bases[0], *(place for *_, place in shown)]
-    count = 1 + max(int(file.stem) for place in places for file in _pictures(place))
+    count = 1 + max(int(file.stem) for place in places for file in picture_files(place))
     texts = _texts(shown[0][1], count)
     rows = [(texts[row], [_opened(place / f"{row:04d}.png") for place in places]) for row in range(count)]
-    same = len({tuple(file.read_bytes() for file in _pictures(base)) for base in bases}) == 1
+    same = len({tuple(file.read_bytes() for file in picture_files(base)) for base in bases}) == 1
     heads = [f"{number}: {_told(run)}" for number, run, _ in shown]
     return Section(columns=["base" if same else f"base of {shown[0][0]}", *heads], rows=rows)
 
@@ -172,18 +173,9 @@ def _told(run: Run) -> str:
 
 def _last_preview(run: Run) -> Path | None:
     """The folder of the last preview that has pictures, the base's apart."""
-    steps = sorted(int(place.name.removeprefix("step-")) for place in (run.folder / "previews").glob("step-*/"))
-    places = (_preview_at(run, step) for step in reversed(steps) if step > 0)
-    return next(filter(_pictures, places), None)
-
-
-def _preview_at(run: Run, step: int) -> Path:
-    return run.folder / "previews" / f"step-{step:06d}"
-
-
-def _pictures(place: Path) -> list[Path]:
-    """The pictures of a preview, which are named by the rows of its prompts."""
-    return sorted(place.glob("[0-9][0-9][0-9][0-9].png"))
+    previews = run.folder / "previews"
+    steps = [step for step in drawn_steps(previews) if step > 0]
+    return step_folder(previews, steps[-1]) if steps else None
 
 
 def _opened(file: Path) -> Image.Image:
@@ -202,11 +194,20 @@ def _none() -> Image.Image:
 
 
 def _texts(run: Run, count: int) -> list[str]:
-    """What the rows of previews show: preview.prompts or the folder's prompts.txt; else the previews' numbers."""
+    """What the rows of previews show: as the run has said, else preview.prompts or the folder's prompts.txt."""
+    said = read_texts(run.folder / "previews")
+    given = said.prompts if said is not None else _asked_for(run)
+    return [given[row] if row < len(given) else f"preview {row + 1}" for row in range(count)]
+
+
+def _asked_for(run: Run) -> list[str]:
+    """The prompts of a run that has not said what it drew, as far as they can be read."""
     page = run.folder / "run.yaml"
     options: dict[str, Any] = yaml.safe_load(page.read_text(encoding="utf-8")) if page.is_file() else {}
     dataset, given = options.get("dataset", {}), options.get("preview", {}).get("prompts", [])
-    if not given and dataset.get("folder"):
-        kept = {key: dataset[key] for key in ("folder", "trigger_word", "follow_links") if key in dataset}
-        given = preview_prompts(DatasetSpec(**kept))
-    return [given[row] if row < len(given) else f"preview {row + 1}" for row in range(count)]
+    if given or not dataset.get("folder"):
+        return list(given)
+    return preview_prompts(DatasetSpec(**{key: dataset[key] for key in _WHERE if key in dataset}))
+
+
+_WHERE = ("folder", "trigger_word", "follow_links")

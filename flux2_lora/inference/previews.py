@@ -6,7 +6,7 @@ random number is drawn, no parameter is moved or cast, and the adapter is as it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,18 @@ from flux2_lora.conditioning import Conditioning
 from flux2_lora.dataset import Record
 from flux2_lora.dataset.pictures import crop_to, open_picture
 from flux2_lora.families import ModelFamily
+from flux2_lora.inference.drawn import (
+    EDITS,
+    Edit,
+    Texts,
+    drawn_steps,
+    edit_files,
+    forget_steps,
+    spread,
+    step_folder,
+    write_texts,
+    write_thumbnails,
+)
 from flux2_lora.inference.edit import Border, extend, inpaint
 from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.inference.pictures import to_pictures
@@ -26,7 +38,8 @@ from flux2_lora.inference.sampling import Prompted, generate, initial_noise
 from flux2_lora.options import option
 from flux2_lora.training.encoding import Encoder
 
-_MOST_COLUMNS = 5
+_MOST_COLUMNS, _LEAST_STRIP, _MOST_STRIP = 5, 4, 6
+_MOST_THUMBNAILS, _THUMBNAIL_PX = 24, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +58,10 @@ class PreviewSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewSet:
-    """The prompts as rows, and one picture to edit. texts of n, conditioning of n, negative of 1."""
+    """The prompts as rows, one picture to edit, and some that are learned from.
+
+    texts of n, conditioning of n, negative of 1; training: thumbnails, at most 256 px a side.
+    """
 
     texts: list[str]
     conditioning: Conditioning
@@ -53,16 +69,24 @@ class PreviewSet:
     height_px: int
     width_px: int
     edited: Image.Image
+    edited_text: str
     edited_conditioning: Conditioning
+    training: list[Image.Image]
 
 
 def preview_set(
-    spec: PreviewSpec, prompts: Sequence[str], encoder: Encoder, records: Sequence[Record], side: int
+    spec: PreviewSpec,
+    prompts: Sequence[str],
+    encoder: Encoder,
+    held_out: Sequence[Record],
+    training: Sequence[Record],
+    side: int,
 ) -> PreviewSet:
     """The prompts of `spec`, else `prompts`, else the captions of the first records; the first record is edited.
 
-    side: px of the square that is drawn.
+    Records that are held out come first. side: px of the square that is drawn.
     """
+    records = [*held_out, *training]
     texts = (list(spec.prompts) or list(prompts) or [record.caption for record in records])[: spec.count]
     edited = next((record for record in records if record.caption in texts), records[0])
     keys = encoder.encode_texts([*texts, spec.negative_prompt, edited.caption])
@@ -78,7 +102,9 @@ def preview_set(
         height_px=height,
         width_px=width,
         edited=to_pictures(crop_to(open_picture(edited.path).image, height, width)[None])[0],
+        edited_text=edited.caption,
         edited_conditioning=encoded(edited.caption),
+        training=[_thumbnail(record) for record in spread(training, _MOST_THUMBNAILS)] if spec.every else [],
     )
 
 
@@ -93,7 +119,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Previewer:
-    """Draws previews of one run into `folder`: step-000100.png, and its pictures in step-000100/."""
+    """Draws previews of one run into `folder`, as `drawn` names them; at step 0 it clears what lies there."""
 
     family: ModelFamily
     vae: nn.Module
@@ -105,18 +131,33 @@ class Previewer:
 
     def draw(self, transformer: nn.Module, step: int) -> Preview:
         """Sample every row, save the pictures and the grid."""
-        here = self.folder / f"step-{step:06d}"
+        if step == 0:
+            forget_steps(self.folder)
+        here, edits = step_folder(self.folder, step), self._edits()
         here.mkdir(parents=True, exist_ok=True)
+        self._tell(edits)
         latents = self._from_prompts(transformer)
-        for index, picture in enumerate(to_pictures(self.family.decode_latents(self.vae, latents))):
-            picture.save(here / f"{index:04d}.png")
         pictures = [here / f"{index:04d}.png" for index in range(len(latents))]
+        for file, picture in zip(pictures, to_pictures(self.family.decode_latents(self.vae, latents)), strict=True):
+            picture.save(file)
         sections = [self._progress(step)]
-        if self.spec.edits:
-            sections.append(self._edits(transformer))
+        if self.scene.training:
+            sections.append(self._strip(len(sections[0].columns)))
+        if edits:
+            sections.append(self._edited(transformer, edits, here))
         grid = here.with_suffix(".png")
-        draw_grid(f"{self.title}, step {step}", sections).save(grid)
+        large = min(self.scene.height_px, self.scene.width_px) >= _THUMBNAIL_PX
+        draw_grid(f"{self.title}, step {step}", sections, _THUMBNAIL_PX if large else 128).save(grid)
         return Preview(grid=grid, pictures=pictures, latents=latents)
+
+    def _tell(self, edits: Mapping[str, Edit]) -> None:
+        """Save what stays the same at every step: texts, what is edited, what is learned from."""
+        write_texts(self.folder, Texts(prompts=self.scene.texts, edited=self.scene.edited_text))
+        write_thumbnails(self.folder, self.scene.training)
+        for name, edit in edits.items():
+            picture, mask = edit_files(self.folder, name)
+            edit.picture.save(picture)
+            edit.mask.save(mask)
 
     def _from_prompts(self, transformer: nn.Module) -> Tensor:
         scene = self.scene
@@ -127,25 +168,38 @@ class Previewer:
 
     def _progress(self, step: int) -> Section:
         """Prompts as rows; the base, some earlier steps and now as columns."""
-        steps = sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*") if path.is_dir())
-        shown = _spread([s for s in steps if s <= step], _MOST_COLUMNS)
+        shown = spread([s for s in drawn_steps(self.folder) if s <= step], _MOST_COLUMNS)
         heads = ["base" if s == 0 else f"step {s}" for s in shown]
         rows: list[tuple[str, Sequence[Image.Image]]] = [
-            (text, [Image.open(self.folder / f"step-{s:06d}" / f"{index:04d}.png") for s in shown])
+            (text, [Image.open(step_folder(self.folder, s) / f"{index:04d}.png") for s in shown])
             for index, text in enumerate(self.scene.texts)
         ]
         return Section(columns=heads, rows=rows)
 
-    def _edits(self, transformer: nn.Module) -> Section:
+    def _strip(self, columns: int) -> Section:
+        """Pictures that are learned from, so that likeness is seen; about as many as there are columns."""
+        few = min(max(columns, _LEAST_STRIP), _MOST_STRIP)
+        return Section(columns=[], rows=[("training pictures", self.scene.training[:few])])
+
+    def _edits(self) -> dict[str, Edit]:
+        """Two ways to repaint the picture: its middle, and its right half as if it had never been there."""
+        if not self.spec.edits:
+            return {}
         picture = self.scene.edited
-        hole = _middle_hole(picture)
         half = picture.width // 2 // self.family.pixels_per_token * self.family.pixels_per_token
         left = picture.crop((0, 0, half, picture.height))
-        canvas, new = extend(left, Border(right=picture.width - half))
-        rows = [
-            ("inpaint", [picture, hole, self._paint(transformer, picture, hole)]),
-            ("outpaint", [left, new, self._paint(transformer, canvas, new)]),
-        ]
+        _, new = extend(left, Border(right=picture.width - half))
+        inner = Edit(picture=picture, mask=_middle_hole(picture))
+        return dict(zip(EDITS, (inner, Edit(picture=left, mask=new)), strict=True))
+
+    def _edited(self, transformer: nn.Module, edits: Mapping[str, Edit], here: Path) -> Section:
+        """Repaint, save the results and show them."""
+        rows = []
+        for name, edit in edits.items():
+            canvas, _ = extend(edit.picture, Border(right=edit.mask.width - edit.picture.width))
+            result = self._paint(transformer, canvas, edit.mask)
+            result.save(here / f"{name}.png")
+            rows.append((f"{name}: {self.scene.edited_text}", [edit.picture, edit.mask, result]))
         return Section(columns=["picture", "mask", "result"], rows=rows)
 
     def _paint(self, transformer: nn.Module, picture: Image.Image, mask: Image.Image) -> Image.Image:
@@ -169,8 +223,7 @@ def _middle_hole(picture: Image.Image) -> Image.Image:
     return mask
 
 
-def _spread(steps: Sequence[int], most: int) -> list[int]:
-    """At most `most` of the steps, evenly spread, first and last included."""
-    if len(steps) <= most:
-        return list(steps)
-    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
+def _thumbnail(record: Record) -> Image.Image:
+    picture = open_picture(record.path).image
+    picture.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.LANCZOS)
+    return picture

@@ -63,15 +63,15 @@ def ranked_table(rows: Sequence[Row], run: Path) -> str:
     for step in order:
         row = measured[step]
         kept = "*" if (run / "checkpoints" / f"step-{step:06d}").is_dir() else " "
-        bands = "".join(_cell(value, 7) for value in _bands(row))
+        levels = "".join(_cell(value, 7) for value in bands(row))
         drift = row["base_style_loss"] / base if base and "base_style_loss" in row else None
         name = "base" if step == 0 else str(step)
         rest = _cell(drift, 12) + _cell(row.get("nearest"), 9)
-        lines.append(f"  {kept} {name:>4}  {row['validation_loss']:>10.3f}{bands}{rest}")
+        lines.append(f"  {kept} {name:>4}  {row['validation_loss']:>10.3f}{levels}{rest}")
     return "\n".join(lines)
 
 
-def _bands(row: Row) -> list[float | None]:
+def bands(row: Row) -> list[float | None]:
     """Mean validation loss at low, middle and high noise levels."""
     levels = {float(key.rpartition("_")[2]): loss for key, loss in row.items() if key.startswith("validation_loss_sig")}
     parts = [[loss for sigma, loss in levels.items() if low <= sigma < high] for low, high in _BANDS]

@@ -16,7 +16,7 @@ PICTURE = b"\x89PNG\r\n\x1a\n a private moment"
 
 KINDS = (
     r"flux2_lora/(\w+/)*\w+\.py",
-    r"flux2_lora/py\.typed",
+    r"flux2_lora/(py\.typed|inference/run_page\.(css|js))",
     r"flux2_lora/share/(train|data|scripts)/\w+\.py",
     r"flux2_lora/share/configs/(\w+/)*\w+\.yaml",
     r"flux2_lora/share/data/(demo|tiny)/.+",

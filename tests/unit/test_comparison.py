@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from flux2_lora.inference.comparison import compare, measured, sheet
+from flux2_lora.inference.drawn import Texts, write_texts
 from flux2_lora.sweeps import SweptRun
 
 GREY, RED, BLUE = "#808080", "#ff0000", "#0000ff"
@@ -169,3 +170,11 @@ def test_rows_are_called_by_their_prompts_where_these_can_be_read(
     drawn = sheet([measured(run)])
     assert drawn is not None
     assert [text for text, _ in drawn.rows] == [label]
+
+
+def test_what_a_run_says_of_its_previews_goes_before_what_was_asked_for(make_run: MakeRun) -> None:
+    run = make_run("run", {}, {0: [GREY], 5: [RED]}, page="preview: {prompts: [a red kite]}")
+    write_texts(run.folder / "previews", Texts(prompts=["a caption"], edited=""))
+    drawn = sheet([measured(run)])
+    assert drawn is not None
+    assert [text for text, _ in drawn.rows] == ["a caption"]
