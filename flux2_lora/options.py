@@ -66,5 +66,6 @@ def from_mapping(schema: type[Spec], values: Mapping[str, Any]) -> Spec:
     for field in dataclasses.fields(typing.cast("Any", schema)):
         if field.name in values:
             value, kind = values[field.name], kinds[field.name]
-            given[field.name] = from_mapping(kind, value) if dataclasses.is_dataclass(kind) else value
+            nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+            given[field.name] = from_mapping(kind, value) if nested else value
     return schema(**given)

@@ -514,7 +514,16 @@ def watch_of(config: TrainConfig, run: Path, data: Data, state: TrainState, devi
     previewer = None
     if config.preview.every:
         vae, previews = data.model.load_vae(device), run / "previews"
-        previewer = Previewer(data.model.family, vae, config.preview, data.scene, previews, config.name, device)
+        previewer = Previewer(
+            family=data.model.family,
+            vae=vae,
+            spec=config.preview,
+            scene=data.scene,
+            folder=previews,
+            title=config.name,
+            device=device,
+            at_once=config.batch_size,
+        )
     side, own = max(config.dataset.resolution), run / "base_style.safetensors"
     return open_watch(
         family=data.model.family,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 from PIL import Image
 from torch import Tensor, nn
 

@@ -33,7 +33,7 @@ from flux2_lora.inference.drawn import (
 )
 from flux2_lora.inference.edit import Border, extend, inpaint
 from flux2_lora.inference.grid import Section, draw_grid
-from flux2_lora.inference.pictures import to_pictures
+from flux2_lora.inference.pictures import decoded, to_pictures
 from flux2_lora.inference.sampling import Prompted, generate, initial_noise
 from flux2_lora.options import option
 from flux2_lora.training.encoding import Encoder
@@ -119,7 +119,10 @@ class Preview:
 
 @dataclass(frozen=True)
 class Previewer:
-    """Draws previews of one run into `folder`, as `drawn` names them; at step 0 it clears what lies there."""
+    """Draws previews of one run into `folder`, as `drawn` names them; at step 0 it clears what lies there.
+
+    at_once: pictures a batch; as many as training has in one, and previews need less memory than a step.
+    """
 
     family: ModelFamily
     vae: nn.Module
@@ -128,6 +131,7 @@ class Previewer:
     folder: Path
     title: str
     device: torch.device
+    at_once: int = 1
 
     def draw(self, transformer: nn.Module, step: int) -> Preview:
         """Sample every row, save the pictures and the grid."""
@@ -138,7 +142,7 @@ class Previewer:
         self._tell(edits)
         latents = self._from_prompts(transformer)
         pictures = [here / f"{index:04d}.png" for index in range(len(latents))]
-        for file, picture in zip(pictures, to_pictures(self.family.decode_latents(self.vae, latents)), strict=True):
+        for file, picture in zip(pictures, decoded(self.family, self.vae, latents), strict=True):
             picture.save(file)
         sections = [self._progress(step)]
         if self.scene.training:
@@ -161,10 +165,13 @@ class Previewer:
 
     def _from_prompts(self, transformer: nn.Module) -> Tensor:
         scene = self.scene
-        noise = initial_noise(self.family, scene.height_px, scene.width_px, range(len(scene.texts)))
-        return generate(
-            self.family, transformer, self._prompted(scene.conditioning), noise.to(self.device), self.spec.steps
-        )
+        noise = initial_noise(self.family, scene.height_px, scene.width_px, range(len(scene.texts))).to(self.device)
+        parts = [slice(start, start + self.at_once) for start in range(0, len(noise), self.at_once)]
+        drawn = [
+            generate(self.family, transformer, self._prompted(scene.conditioning[part]), noise[part], self.spec.steps)
+            for part in parts
+        ]
+        return torch.cat(drawn)
 
     def _progress(self, step: int) -> Section:
         """Prompts as rows; the base, some earlier steps and now as columns."""

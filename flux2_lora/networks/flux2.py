@@ -81,7 +81,8 @@ class Flux2:
         dtype, (height, width) = compute_type(transformer), latents.shape[2:]
         shown = [reference.expand(len(latents), -1, -1, -1) for reference in references]
         ids = [geometry.image_ids(height, width, latents.device)]
-        ids += [geometry.image_ids(*one.shape[2:], latents.device, t=10 * t) for t, one in enumerate(shown, start=1)]
+        for number, one in enumerate(shown, start=1):
+            ids.append(geometry.image_ids(one.shape[2], one.shape[3], latents.device, t=10 * number))
         packed = transformer(
             hidden_states=torch.cat([geometry.pack(one) for one in (latents, *shown)], dim=1).to(dtype),
             encoder_hidden_states=conditioning.embeds.to(dtype),
