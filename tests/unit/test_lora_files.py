@@ -351,6 +351,7 @@ def test_merged_weights_draw_what_attached_loras_draw(
     merge_loras(transformer, chosen)
     torch.testing.assert_close(velocity(family, transformer), live, rtol=0, atol=1e-5)
     assert [path for path, _ in transformer.named_modules()] == bare
+    assert not hasattr(transformer, "peft_config")
     assert len(attach_loras(transformer, together(flux2))) == 2
 
 
