@@ -399,11 +399,17 @@ def _settings(run: _Run) -> str:
     if not run.options:
         return ""
     rows = "".join(
-        f"<tr><td><code>{escape(name)}</code></td><td>{escape(value)}</td></tr>" for name, value in _flat(run.options)
+        f"<tr><td><code>{_breakable(name)}</code></td><td>{escape(value)}</td></tr>"
+        for name, value in _flat(run.options)
     )
     table = f"<table>{rows}</table>"
     summary = "<summary>All options of run.yaml; of paths the last part</summary>"
     return f'<section><h2>Settings</h2><details class="card">{summary}{table}</details></section>'
+
+
+def _breakable(name: str) -> str:
+    """A dotted option that a narrow screen breaks after a dot or an underscore."""
+    return re.sub(r"([._])", r"\1<wbr>", escape(name))
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
