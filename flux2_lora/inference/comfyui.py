@@ -74,14 +74,13 @@ def _drawn(settings: Settings) -> Graph:
     clip = recipe.text(graph, settings)
     vae = graph.add("VAELoader", vae_name=recipe.vae)
     guider = _guider(graph, settings, model, clip)
-    size = {"width": settings.drawn_width, "height": settings.drawn_height}
     sampled = graph.add(
         "SamplerCustomAdvanced",
         noise=graph.add("RandomNoise", noise_seed=settings.seed),
         guider=guider,
         sampler=graph.add("KSamplerSelect", sampler_name=settings.sampler),
         sigmas=recipe.sigmas(graph, settings),
-        latent_image=graph.add(recipe.latents, **size, batch_size=1),
+        latent_image=graph.add(recipe.latents, width=settings.drawn_width, height=settings.drawn_height, batch_size=1),
     )
     picture = graph.add("VAEDecode", samples=sampled, vae=vae)
     graph.add("SaveImage", images=picture, filename_prefix="flux2-lora")
@@ -130,8 +129,8 @@ def _padded(graph: Graph, settings: Settings, clip: Node) -> Node:
 
 
 def _flux2_sigmas(graph: Graph, settings: Settings) -> Node:
-    size = {"width": settings.drawn_width, "height": settings.drawn_height}
-    return graph.add("Flux2Scheduler", steps=settings.steps, **size)
+    width, height = settings.drawn_width, settings.drawn_height
+    return graph.add("Flux2Scheduler", steps=settings.steps, width=width, height=height)
 
 
 def _flux1_sigmas(graph: Graph, settings: Settings) -> Node:
