@@ -42,6 +42,16 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that nothing holds; what PyTorch keeps for itself counts as free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return int(psutil.virtual_memory().available)
+
+
 def return_free_memory() -> None:
     """Hand freed host memory back to the system; glibc would keep some 30 MB for every layer of an encoder that ran.
 

@@ -24,6 +24,7 @@ from flux2_lora.options import option
 from flux2_lora.samplers import OnStep
 
 Box = tuple[int, int, int, int]
+_FADE_PX = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,21 +92,40 @@ def around(mask: Image.Image, padding_px: int) -> Box | None:
 def lay_over(original: Image.Image, painted: Image.Image, mask: Image.Image) -> Image.Image:
     """original where mask is 0 (bytes unchanged), painted where it is 255, rounded mixtures between.
 
-    What differs between the two in the kept region is the autoencoder's doing: continued smoothly into the mask, it is
-    taken off what was painted (a membrane, after Pérez et al. 2003, Poisson image editing, section 3).
+    Two membranes (after Pérez et al. 2003, Poisson image editing, section 3) take the seam off what was painted: what
+    the autoencoder changed in the kept region, continued into the mask; and what still steps at the border itself,
+    which fades within a few pixels.
     """
     weight = torch.from_numpy(np.array(mask))[None, None].float() / 255
     below, above = to_pixels(original), to_pixels(painted)
     kept = weight == 0
     if kept.any():
         above = above + _membrane(below - above, kept)
+        above = above + _fading(kept) * _membrane(*_steps(below, above, kept))
     mixed = below + weight * (above - below)
     return to_pictures(torch.where(kept, below, mixed))[0]
 
 
+def _steps(below: Tensor, above: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """(kept neighbours minus what was painted, where that is known: the pixels of the mask along its border)."""
+    near = F.avg_pool2d(kept.float(), 3, stride=1, padding=1, count_include_pad=False)
+    neighbours = F.avg_pool2d(below * kept, 3, stride=1, padding=1, count_include_pad=False) / near.clamp_min(1e-6)
+    border = ~kept & (near > 0)
+    return torch.where(border, neighbours - above, 0.0), border
+
+
+def _fading(kept: Tensor) -> Tensor:
+    """[1 1 h w]: 1 at the border of what is kept, falling to 0 over `_FADE_PX` into the mask."""
+    inside, weight = kept.float(), torch.zeros_like(kept, dtype=torch.float32)
+    for _ in range(_FADE_PX):
+        inside = F.max_pool2d(inside, 3, stride=1, padding=1)
+        weight += inside / _FADE_PX
+    return weight
+
+
 def _membrane(values: Tensor, known: Tensor) -> Tensor:
     """values [1 c h w] where known [1 1 h w], elsewhere a smooth field between them: pull to a pyramid's top, push."""
-    if bool(known.all()):
+    if bool(known.all()) or not bool(known.any()):
         return values
     pool = {"kernel_size": 2, "ceil_mode": True, "count_include_pad": False}
     counts = F.avg_pool2d(known.float(), **pool)  # type: ignore[arg-type]

@@ -12,11 +12,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
+from flux2_lora.devices import free_bytes
 from flux2_lora.errors import UserError
 from flux2_lora.families import ModelFamily
 from flux2_lora.latents import Posterior
 
-_TILE_PX = 1024  # what the autoencoder works on at once, in a larger picture
+_TILE_PX, SMALL_TILE_PX = 1024, 512  # what the autoencoder works on at once; the small one where memory is short
+_NUMBERS_A_PIXEL = 10  # and channel of the largest layers: measured 3 to 9, of which the last up block holds 8
 
 
 def read_picture(place: str, option: str) -> Image.Image:
@@ -60,24 +62,31 @@ def fit(picture: Image.Image, height_px: int, width_px: int) -> Image.Image:
 @torch.no_grad()
 def encoded(family: ModelFamily, vae: nn.Module, picture: Image.Image, device: torch.device) -> Posterior:
     """A picture's latents [1 c h w]; its sides are whole tokens."""
-    with _tiles(vae):
+    with _tiles(vae, device):
         return family.encode_pixels(vae, to_pixels(picture).to(device))
 
 
 @torch.no_grad()
 def decoded(family: ModelFamily, vae: nn.Module, latents: Tensor) -> list[Image.Image]:
     """Latents [b c h w] -> b pictures, decoded one by one so that memory holds one."""
-    with _tiles(vae):
+    with _tiles(vae, latents.device):
         return [to_pictures(family.decode_latents(vae, one))[0] for one in latents.split(1)]
 
 
+def coding_bytes(vae: nn.Module, pixels: int) -> int:
+    """About what the autoencoder holds at most while it codes so many pixels at once."""
+    autoencoder: Any = vae
+    return _NUMBERS_A_PIXEL * int(autoencoder.config.block_out_channels[0]) * pixels * 4
+
+
 @contextmanager
-def _tiles(vae: nn.Module) -> Iterator[None]:
+def _tiles(vae: nn.Module, device: torch.device) -> Iterator[None]:
     """Pictures above 1024 px go through the autoencoder in overlapping tiles; smaller ones as if this were not here."""
     autoencoder: Any = vae
     scale = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+    tile = _TILE_PX if coding_bytes(vae, _TILE_PX**2) < free_bytes(device) else SMALL_TILE_PX
     autoencoder.enable_tiling()
-    autoencoder.tile_sample_min_size, autoencoder.tile_latent_min_size = _TILE_PX, _TILE_PX // scale
+    autoencoder.tile_sample_min_size, autoencoder.tile_latent_min_size = tile, tile // scale
     try:
         yield
     finally:

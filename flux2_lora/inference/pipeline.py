@@ -27,6 +27,7 @@ from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError
 from flux2_lora.families import Model, ModelFamily, ModelSpec, open_model
 from flux2_lora.inference.edit import Border, around, border_for, extend, inpaint, padded, soften
+from flux2_lora.inference.memory import most_at_once
 from flux2_lora.inference.pictures import decoded, encoded, fit, mask_of
 from flux2_lora.inference.sampling import Prompted, Recipe, generate, initial_noise, split_to_fit, start_and_noise
 from flux2_lora.lora_files import read_loras
@@ -152,8 +153,11 @@ class Pipeline:
             )
             return decoded(self.family, self.vae, latents)
 
-        self._encode([prompt] if isinstance(prompt, str) else prompt, how)
-        pictures = split_to_fit(draw, [prompt] if isinstance(prompt, str) else list(prompt))
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        self._encode(texts, how)
+        most = self._most_at_once(*size)
+        parts = [texts[start : start + most] for start in range(0, len(texts), most)]
+        pictures = [picture for part in parts for picture in split_to_fit(draw, part)]
         return pictures[0] if isinstance(prompt, str) else pictures
 
     def redraw(self, image: Image.Image, prompt: str, **options: Any) -> Image.Image:
@@ -193,6 +197,7 @@ class Pipeline:
         scale = max((area / (part.width * part.height)) ** 0.5, 1.0) if cropped else 1.0
         size = round(part.width * scale), round(part.height * scale)
         self._encode([prompt], how)
+        self._most_at_once(size[1], size[0])
         painted = inpaint(
             self.family,
             self.transformer,
@@ -239,10 +244,11 @@ class Pipeline:
         """Enlarge, and redraw at `strength` in overlapping tiles of the size that the model draws."""
         how, side = self._recipe(recipe, strength), self.family.pixels_per_token
         size = round(image.width * factor), round(image.height * factor)
+        self._encode([prompt], how)
+        self._most_at_once(size[1], size[0], tile_px=self.model.spec.resolution)
         large = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
         posterior = encoded(self.family, self.vae, padded(large, side), self.device)
         start, noise = start_and_noise(self.family, posterior, how.seed)
-        self._encode([prompt], how)
         latents = generate(
             self.family,
             self.transformer,
@@ -255,6 +261,17 @@ class Pipeline:
             tile=self.model.spec.resolution // side,
         )
         return decoded(self.family, self.vae, latents)[0].crop((0, 0, *size))
+
+    def _most_at_once(self, height_px: int, width_px: int, tile_px: int | None = None) -> int:
+        return most_at_once(
+            self.transformer,
+            self.vae,
+            self.device,
+            height_px=height_px,
+            width_px=width_px,
+            text_tokens=max(text.embeds.shape[1] for text in self._texts.values()),
+            tile_px=tile_px,
+        )
 
     def _recipe(self, changes: Mapping[str, Any], strength: float) -> Recipe:
         if not 0 <= strength <= 1:

@@ -19,7 +19,7 @@ from flux2_lora.export import export_universal
 from flux2_lora.families import Model, ModelSpec, open_model
 from flux2_lora.inference.diffusers_script import diffusers_script
 from flux2_lora.inference.pictures import to_pictures
-from flux2_lora.inference.pipeline import Prompted, velocity_of
+from flux2_lora.inference.sampling import Prompted, velocity_of
 from flux2_lora.inference.settings import Settings
 from flux2_lora.quantize import PrecisionSpec, load_frozen
 from flux2_lora.samplers import Velocity, euler, schedule

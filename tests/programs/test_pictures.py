@@ -67,11 +67,101 @@ def test_outpaint_grows_by_the_pixels_asked_for_and_keeps_the_picture(command: C
     assert np.array_equal(after[12:, :128], pixels(FACE))
 
 
-def test_a_mask_of_another_size_is_refused(command: Command) -> None:
-    Image.new("L", (10, 10)).save("mask.png")
-    outcome = command("edit", f"image={FACE}", "mask=mask.png")
+def test_a_ratio_is_reached_and_the_picture_kept(command: Command) -> None:
+    assert command("edit", *QUICK, f"image={FACE}", "ratio=3:2").code == 0
+    after = pixels("outputs/edit/0000.png")
+    assert after.shape == (128, 192, 3)
+    assert np.array_equal(after[:, 32:160], pixels(FACE))
+
+
+def test_a_mask_of_another_size_is_resized_and_that_is_said_once(command: Command) -> None:
+    mask = Image.new("L", (16, 16), 0)
+    ImageDraw.Draw(mask).rectangle((0, 0, 7, 15), fill=255)
+    mask.save("mask.png")
+    outcome = command("edit", *QUICK, f"image={FACE}", "mask=mask.png", "strengths=[0.5,1]")
+    assert outcome.code == 0
+    assert outcome.out.count("16 x 16 px, is resized to 128 x 128") == 1
+    assert np.array_equal(pixels("outputs/edit/0000.png")[:, 80:], pixels(FACE)[:, 80:])
+
+
+def test_an_empty_mask_gives_the_picture_back(command: Command) -> None:
+    Image.new("L", (128, 128)).save("mask.png")
+    outcome = command("edit", *QUICK, f"image={FACE}", "mask=mask.png")
+    assert outcome.code == 0
+    assert "the mask is empty" in outcome.out
+    assert np.array_equal(pixels("outputs/edit/0000.png"), pixels(FACE))
+
+
+def test_what_is_transparent_is_painted(command: Command) -> None:
+    with Image.open(FACE) as face:
+        erased = face.convert("RGBA")
+    erased.paste((0, 0, 0, 0), (0, 0, 64, 128))
+    erased.save("erased.png")
+    assert command("edit", *QUICK, "image=erased.png").code == 0
+    after = pixels("outputs/edit/0000.png")
+    assert np.array_equal(after[:, 64:], pixels(FACE)[:, 64:])
+    assert after[:, :64].max() > 0
+
+
+def test_upscale_enlarges_in_tiles(command: Command) -> None:
+    assert command("edit", *QUICK, f"image={FACE}", "upscale=1.5").code == 0
+    assert pixels("outputs/edit/0000.png").shape == (192, 192, 3)
+
+
+def test_sides_are_rounded_to_whole_tokens_and_that_is_said_once(command: Command) -> None:
+    outcome = command("sample", *QUICK, "prompts=[red apple, cat face]", "height=70", "width=95")
+    assert outcome.code == 0
+    assert outcome.out.count("95 x 70 px is rounded to 80 x 64") == 1
+    assert pixels("outputs/sample/0001.png").shape == (64, 80, 3)
+
+
+def test_adapters_are_drawn_alone_and_together(command: Command, trained: Path) -> None:
+    twice = f"adapters=[{trained},{trained}]"
+    for name, options in {
+        "alone": [twice, "strengths=[2]"],
+        "halves": [twice, "strengths=[2]", "weights=[0.25,0.75]", "together=true"],
+        "blocks": [f"adapters=[{trained}]", "strengths=[2]", "blocks=[double]"],
+    }.items():
+        outcome = command("sample", *QUICK, "prompts=[red apple]", f"output={name}", *options)
+        assert outcome.code == 0, outcome.err
+        assert ("32 of 32 modules" in outcome.out) == (name != "blocks")
+    far = np.abs(pixels("alone/0000.png") - pixels("halves/0000.png"))
+    assert far.max() <= 2
+    assert np.abs(pixels("alone/0000.png") - pixels("blocks/0000.png")).max() > 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["strength=1.5", f"image={FACE}"], "strength=1.5 is out of range"),
+        (["image=nowhere.png"], "image=nowhere.png does not exist"),
+        (["negative_prompt=blue", "cfg_scale=1"], "negative_prompt has no effect at cfg_scale=1"),
+        (["negative_prompt=blue", "model.distilled=true"], "negative_prompt cannot be used"),
+        ([f"references=[{FACE}]"], "looks at no reference pictures"),
+        (["height=400000", "width=400000"], "400000 x 400000 px needs about"),
+        (["weights=[1,2]"], "weights has 2 numbers for 0 adapters"),
+        (["sampler=eular"], "sampler=eular is not a choice"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(command: Command, options: list[str], said: str) -> None:
+    outcome = command("sample", *QUICK, "prompts=[red apple]", *options)
     assert outcome.code == 2
-    assert "mask=mask.png is 10 x 10, the picture 128 x 128" in outcome.err
+    assert said in outcome.err
+    assert not Path("outputs/sample").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([f"image={FACE}", "ratio=wide"], "ratio=wide is no ratio"),
+        ([f"image={FACE}", "upscale=2", "outpaint.left=8"], "upscale goes with no mask and no border"),
+        ([f"image={FACE}", "mask=nowhere.png"], "mask=nowhere.png does not exist"),
+    ],
+)
+def test_an_edit_that_contradicts_itself_is_refused(command: Command, options: list[str], said: str) -> None:
+    outcome = command("edit", *QUICK, *options)
+    assert outcome.code == 2
+    assert said in outcome.err
 
 
 def test_export_proves_its_file_for_every_client(command: Command, trained: Path) -> None:

@@ -1,0 +1,69 @@
+"""How many pictures fit in memory, said before they are begun; and where not even one does, the size that fits.
+
+An estimate on the safe side: what a forward pass holds at most beside the weights, as measured on miniatures of both
+architectures at 768 and 1536 px (16 to 32 numbers a token and unit of width), or the autoencoder in small tiles. A test
+holds it against a measurement.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from flux2_lora.devices import compute_dtype, free_bytes
+from flux2_lora.errors import UserError
+from flux2_lora.inference.pictures import SMALL_TILE_PX, coding_bytes
+
+_NUMBERS_A_TOKEN = 32
+
+
+def most_at_once(
+    transformer: nn.Module,
+    vae: nn.Module,
+    device: torch.device,
+    *,
+    height_px: int,
+    width_px: int,
+    text_tokens: int,
+    tile_px: int | None = None,
+) -> int:
+    """How many pictures of a size can be drawn in one batch; UserError, with the largest square, where none can.
+
+    tile_px: what the transformer sees at once, where that is not all of the picture.
+    """
+
+    def needed(height: int, width: int) -> int:
+        return needed_bytes(transformer, vae, device, height, width, text_tokens, tile_px)
+
+    free = free_bytes(device)
+    if needed(height_px, width_px) <= free:
+        return free // needed(height_px, width_px)
+    step = 16
+    side = step
+    while needed(side + step, side + step) <= free:
+        side += step
+    raise UserError(
+        f"a picture of {width_px} x {height_px} px needs about {needed(height_px, width_px) / 1e9:.1f} GB beside the "
+        f"model, and {free / 1e9:.1f} GB are free",
+        f"{side} x {side} px fits; upscale enlarges it in tiles",
+    )
+
+
+def needed_bytes(
+    transformer: nn.Module,
+    vae: nn.Module,
+    device: torch.device,
+    height_px: int,
+    width_px: int,
+    text_tokens: int,
+    tile_px: int | None = None,
+) -> int:
+    """The larger of what a step and what the autoencoder holds; they do not run together."""
+    config: Any = transformer.config
+    hidden = config.num_attention_heads * config.attention_head_dim
+    seen = min(height_px, tile_px or height_px) * min(width_px, tile_px or width_px)
+    step = _NUMBERS_A_TOKEN * hidden * (seen // 256 + text_tokens) * compute_dtype(device).itemsize
+    coding = coding_bytes(vae, min(height_px, SMALL_TILE_PX) * min(width_px, SMALL_TILE_PX))
+    return int(max(step, coding + 12 * height_px * width_px))

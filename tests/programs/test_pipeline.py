@@ -1,0 +1,152 @@
+"""What a user types from memory, on the bundled model: every mode, and the laws that hold in each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from flux2_lora import Pipeline
+from flux2_lora.devices import largest_resident
+from flux2_lora.errors import UserError
+from flux2_lora.inference import pipeline as module
+from flux2_lora.inference.memory import needed_bytes
+from flux2_lora.inference.pictures import coding_bytes, decoded, encoded
+from tests.conftest import Command
+
+QUICK: dict[str, Any] = {"steps": 3, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def pipeline(trained: Path) -> Pipeline:
+    return Pipeline.load(trained, device="cpu")
+
+
+def values(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def photo(width: int, height: int) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (height // 16, width // 16, 3), dtype="uint8")
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def hole(size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
+    mask = Image.new("L", size, 0)
+    ImageDraw.Draw(mask).rectangle(box, fill=255)
+    return mask
+
+
+def test_a_picture_is_the_one_that_the_program_draws(pipeline: Pipeline, trained: Path, command: Command) -> None:
+    pipeline.use([1.0])
+    drawn = pipeline.generate("red apple", **QUICK)
+    options = ("steps=3", "seed=1", "device=cpu", f"adapters=[{trained}]", "prompts=[red apple]")
+    assert command("sample", *options).code == 0
+    with Image.open("outputs/sample/0000.png") as saved:
+        assert np.array_equal(values(drawn), values(saved))
+
+
+def test_several_prompts_are_a_list_and_each_is_as_alone(pipeline: Pipeline) -> None:
+    pipeline.use([1.0])
+    together = pipeline.generate(["red apple", "cat face"], **QUICK)
+    assert np.abs(values(together[1]) - values(pipeline.generate("cat face", **QUICK))).max() <= 1
+    assert np.abs(values(together[0]) - values(together[1])).max() > 10
+
+
+def test_strength_zero_is_the_base_and_image_to_image_at_zero_the_picture(pipeline: Pipeline, trained: Path) -> None:
+    pipeline.use([0.0])
+    base = Pipeline.load(trained, adapters=[], device="cpu")
+    assert np.array_equal(values(pipeline.generate("red apple", **QUICK)), values(base.generate("red apple", **QUICK)))
+    picture = photo(64, 64)
+    given = decoded(base.family, base.vae, encoded(base.family, base.vae, picture, base.device).mean)[0]
+    assert np.array_equal(values(base.redraw(picture, "red apple", strength=0.0, **QUICK)), values(given))
+
+
+def test_a_scale_of_one_is_no_classifier_free_guidance(pipeline: Pipeline) -> None:
+    plain = pipeline.generate("red apple", cfg_scale=1.0, **QUICK)
+    other = pipeline.generate("red apple", cfg_scale=1.0, negative_prompt="cat face", **QUICK)
+    assert np.array_equal(values(plain), values(other))
+    steered = pipeline.generate("red apple", cfg_scale=3.0, negative_prompt="cat face", **QUICK)
+    assert not np.array_equal(values(plain), values(steered))
+
+
+def test_a_small_mask_on_a_large_picture_is_worked_at_the_size_of_training(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, box, worked = photo(320, 208), (150, 90, 170, 110), []
+    painter = module.inpaint
+
+    def watched(*given: Any, **options: Any) -> Image.Image:
+        worked.append(given[4].size)
+        return painter(*given, **options)
+
+    monkeypatch.setattr(module, "inpaint", watched)
+    after = values(pipeline.inpaint(picture, hole(picture.size, box), "red apple", padding_px=8, **QUICK))
+    assert worked == [(64, 64)]
+    kept = np.asarray(hole(picture.size, box)) == 0
+    assert np.array_equal(after[kept], values(picture)[kept])
+    assert (after[~kept] != values(picture)[~kept]).mean() > 0.5
+
+
+def test_outpaint_keeps_every_pixel_and_shows_no_seam(pipeline: Pipeline) -> None:
+    picture = photo(64, 64)
+    after = values(pipeline.outpaint(picture, "red apple", right=32, top=16, **QUICK))
+    assert after.shape == (80, 96, 3)
+    assert np.array_equal(after[16:, :64], values(picture))
+    across = np.abs(np.diff(after[16:, 63:65], axis=1)).mean()
+    inside = np.abs(np.diff(after[16:, 64:], axis=1)).mean()
+    assert across < 3 * inside + 3
+
+
+def test_upscale_needs_no_more_memory_a_step_than_a_tile(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    velocity = type(pipeline.family).velocity
+
+    def watched(family: Any, transformer: Any, latents: torch.Tensor, *given: Any) -> torch.Tensor:
+        seen.append(tuple(latents.shape[2:]))
+        return velocity(family, transformer, latents, *given)
+
+    monkeypatch.setattr(type(pipeline.family), "velocity", watched)
+    after = pipeline.upscale(photo(64, 64), "red apple", factor=2.5, **QUICK)
+    assert after.size == (160, 160)
+    assert set(seen) == {(4, 4)}
+
+
+def test_merged_adapters_draw_what_live_ones_draw(pipeline: Pipeline, trained: Path) -> None:
+    """The fp8 base is quantised again, so they are near and not equal; a strong adapter stands out of that."""
+    pipeline.use([20.0])
+    live = values(pipeline.generate("red apple", **QUICK))
+    merged = Pipeline.load(trained, device="cpu")
+    merged.merge([20.0])
+    assert merged.adapters == []
+    drawn = values(merged.generate("red apple", **QUICK))
+    pipeline.use([0.0])
+    base = values(pipeline.generate("red apple", **QUICK))
+    assert np.abs(drawn - live).mean() < np.abs(base - live).mean() / 2
+
+
+def test_heun_draws_another_picture_of_the_same(pipeline: Pipeline) -> None:
+    euler, heun = (values(pipeline.generate("red apple", sampler=name, **QUICK)) for name in ("euler", "heun"))
+    assert not np.array_equal(euler, heun)
+
+
+def test_more_memory_is_estimated_than_a_step_takes_and_not_ten_times_more(pipeline: Pipeline) -> None:
+    needed = needed_bytes(pipeline.transformer, pipeline.vae, pipeline.device, 1024, 1024, 64)
+    whole = needed + coding_bytes(pipeline.vae, 1024 * 1024)  # memory is not short here, so tiles are large
+    before = largest_resident()
+    pipeline.generate("red apple", height=1024, width=1024, steps=1, cfg_scale=1.0)
+    taken = largest_resident() - before
+    assert whole / 10 < taken < 1.5 * whole
+
+
+def test_a_folder_that_is_no_run_and_a_misspelt_option_are_said(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        Pipeline.load(tmp_path)
+    with pytest.raises(TypeError, match="stpes"):
+        pipeline.generate("red apple", stpes=3)
+    with pytest.raises(UserError, match="strength=2 is out of range"):
+        pipeline.redraw(photo(64, 64), "red apple", strength=2.0)
