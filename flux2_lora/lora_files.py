@@ -35,6 +35,7 @@ from flux2_lora.families import Model
 from flux2_lora.keys import ARCHITECTURES, Place, bfl_of, members_of
 from flux2_lora.targets import numbers_of
 
+OUR_NAMES = "our own"
 _HALF = r"[._]lora(?:_linear_layer)?[._](?P<half>down|up|A|B)(?:\.default)?(?:\.weight)?"
 _KEY = re.compile(rf"(?P<name>.+?)(?:{_HALF}|\.(?P<alpha>alpha))")
 _PREFIX = re.compile(
@@ -145,7 +146,7 @@ def read_lora(place: str, model: Model) -> Lora:
         raise UserError(f"{place} changes nothing: it holds no B that is not zero", "give a LoRA that was trained")
     return Lora(
         modules=modules,
-        naming="our own" if ours else " and ".join(sorted({weight.naming for weight in weights.values()})),
+        naming=OUR_NAMES if ours else " and ".join(sorted({weight.naming for weight in weights.values()})),
         total=len(modules),
         family=header["family"] if ours else None,
         trigger_word=header.get("trigger_word") or header.get("modelspec.trigger_phrase") or None,

@@ -24,9 +24,17 @@ from flux2_lora.errors import UserError
 from flux2_lora.families import ModelSpec, open_model
 from flux2_lora.inference.edit import Border, border_for, extend, soften
 from flux2_lora.inference.grid import Section, draw_grid
+from flux2_lora.inference.pack import save_picture
 from flux2_lora.inference.pictures import fit, mask_of, read_picture
 from flux2_lora.inference.pipeline import Pipeline
-from flux2_lora.inference.request import AdapterChoice, columns_of, read_chosen, refuse_what_cannot_be
+from flux2_lora.inference.request import (
+    AdapterChoice,
+    columns_of,
+    portable,
+    read_chosen,
+    refuse_what_cannot_be,
+    settings_of,
+)
 from flux2_lora.inference.sampling import Recipe
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec
@@ -60,17 +68,22 @@ class EditConfig(Recipe, AdapterChoice):
     device: str = "auto"
     output: str = "outputs/edit"
 
+    def or_else(self, usual: float) -> float:
+        """The strength that was asked for, or what is usual for the mode."""
+        return usual if self.strength is None else self.strength
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What is to be done. mask: grey, of the canvas' size, 255 = new; None where all of it is drawn anew.
 
-    padding_px: what the model sees around the mask.
+    strength: how much is redrawn; padding_px: what the model sees around the mask.
     """
 
     mode: str
     picture: Image.Image
     canvas: Image.Image
+    strength: float
     mask: Image.Image | None = None
     padding_px: int = 0
 
@@ -96,7 +109,16 @@ def main(config: EditConfig) -> None:
 
     folder = Path(config.output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    results[-1].save(folder / "0000.png")
+    last = settings_of(
+        model,
+        config,
+        prompt=config.prompt,
+        size=(results[-1].height, results[-1].width),
+        adapters=list(zip(portable(config.adapters, loras, model, folder), columns[-1][1], strict=True)),
+        mode=job.mode,
+        strength=job.strength,
+    )
+    save_picture(results[-1], folder / "0000.png", last)
     before = {"picture": job.picture} | ({} if job.mask is None else {"mask": job.mask})
     section = Section(
         columns=[*before, *(heading for heading, _ in columns)], rows=[(config.prompt, [*before.values(), *results])]
@@ -113,16 +135,16 @@ def job_of(config: EditConfig) -> Job:
     if config.upscale > 1:
         if drawn is not None or border != Border():
             raise UserError("upscale goes with no mask and no border", "edit first, then upscale the result")
-        return Job(mode="upscale", picture=picture, canvas=picture)
+        return Job(mode="upscale", picture=picture, canvas=picture, strength=config.or_else(0.35))
     if border == Border() and drawn is None:
-        return Job(mode="image to image", picture=picture, canvas=picture)
-    if border == Border():
-        return Job(mode="inpaint", picture=picture, canvas=picture, mask=drawn, padding_px=config.padding_px)
+        return Job(mode="image to image", picture=picture, canvas=picture, strength=config.or_else(0.6))
     canvas, mask = extend(picture, border)
     if drawn is not None:
         mask.paste(drawn, (border.left, border.top))
     widest = max(border.left, border.right, border.top, border.bottom, config.padding_px)
-    return Job(mode="outpaint", picture=picture, canvas=canvas, mask=mask, padding_px=widest)
+    mode = "inpaint" if border == Border() else "outpaint"
+    strength = config.or_else(1.0)
+    return Job(mode=mode, picture=picture, canvas=canvas, mask=mask, strength=strength, padding_px=widest)
 
 
 def read_job(config: EditConfig) -> tuple[Image.Image, Image.Image | None]:
@@ -155,18 +177,15 @@ def border_of(config: EditConfig, picture: Image.Image) -> Border:
 
 def edited(config: EditConfig, job: Job, pipeline: Pipeline, references: list[Image.Image]) -> Image.Image:
     """One result, with the adapters as they are set."""
-    canvas = job.canvas
     if job.mode == "upscale":
-        strength = 0.35 if config.strength is None else config.strength
-        return pipeline.upscale(canvas, config.prompt, factor=config.upscale, strength=strength)
+        return pipeline.upscale(job.canvas, config.prompt, factor=config.upscale, strength=job.strength)
     if job.mask is None:
-        strength = 0.6 if config.strength is None else config.strength
-        return pipeline.redraw(canvas, config.prompt, strength=strength, references=references)
+        return pipeline.redraw(job.canvas, config.prompt, strength=job.strength, references=references)
     return pipeline.inpaint(
-        canvas,
+        job.canvas,
         job.mask,
         config.prompt,
-        strength=1.0 if config.strength is None else config.strength,
+        strength=job.strength,
         crop=config.crop,
         padding_px=job.padding_px,
         references=references,

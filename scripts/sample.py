@@ -11,7 +11,7 @@ carries its settings, and beside the grid lie a ComfyUI workflow and a Diffusers
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
@@ -21,10 +21,19 @@ from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError
 from flux2_lora.families import ModelSpec, open_model
 from flux2_lora.inference.grid import Section, draw_grid
+from flux2_lora.inference.pack import save_picture, write_pack
 from flux2_lora.inference.pictures import read_picture
 from flux2_lora.inference.pipeline import Pipeline
-from flux2_lora.inference.request import AdapterChoice, columns_of, read_chosen, refuse_what_cannot_be
+from flux2_lora.inference.request import (
+    AdapterChoice,
+    columns_of,
+    portable,
+    read_chosen,
+    refuse_what_cannot_be,
+    settings_of,
+)
 from flux2_lora.inference.sampling import Recipe
+from flux2_lora.inference.settings import TEXT_TO_IMAGE
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec
 from flux2_lora.training.progress import console
@@ -89,8 +98,21 @@ def main(config: SampleConfig) -> None:
 
     folder = Path(config.output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    for index, picture in enumerate(drawn[-1]):
-        picture.save(folder / f"{index:04d}.png")
+    files = portable(config.adapters, loras, model, folder)
+    size = (height, width) if config.upscale == 1 else drawn[-1][0].size[::-1]
+    refined = config.refine_strength if config.upscale > 1 else None
+    last = settings_of(
+        model,
+        config,
+        prompt=config.prompts[0],
+        size=size,
+        adapters=list(zip(files, columns[-1][1], strict=True)),
+        mode="upscale" if config.upscale > 1 else "image to image" if source is not None else TEXT_TO_IMAGE,
+        strength=config.strength if source is not None else refined,
+    )
+    for index, (prompt, picture) in enumerate(zip(config.prompts, drawn[-1], strict=True)):
+        save_picture(picture, folder / f"{index:04d}.png", replace(last, prompt=prompt))
+    write_pack(folder, last, prompts=config.prompts)
     title = f"{config.model.title}, seed {config.seed}, {config.steps} steps"
     rows = list(zip(config.prompts, zip(*drawn, strict=True), strict=True))
     draw_grid(title, [Section(columns=[heading for heading, _ in columns], rows=rows)]).save(folder / "grid.png")

@@ -41,7 +41,9 @@ from flux2_lora.flow import LossSpec, TimestepSpec
 from flux2_lora.inference.comparison import compare
 from flux2_lora.inference.own import own_samples
 from flux2_lora.inference.previews import Previewer, PreviewSet, PreviewSpec, preview_set
+from flux2_lora.inference.request import settings_of
 from flux2_lora.inference.run_page import write_report
+from flux2_lora.inference.sampling import Recipe
 from flux2_lora.inference.watch import Watch, due, open_watch
 from flux2_lora.networks.features import Features, load_features
 from flux2_lora.options import option
@@ -522,6 +524,19 @@ def watch_of(config: TrainConfig, run: Path, data: Data, state: TrainState, devi
             folder=previews,
             title=config.name,
             device=device,
+            settings=settings_of(
+                data.model,
+                Recipe(
+                    negative_prompt=config.preview.negative_prompt,
+                    steps=config.preview.steps,
+                    guidance=config.preview.guidance,
+                    cfg_scale=config.preview.cfg_scale,
+                ),
+                prompt="",
+                size=(data.scene.height_px, data.scene.width_px),
+                adapters=[(str(exported(config, run)), 1.0)],
+            ),
+            last=config.max_steps,
             at_once=config.batch_size,
         )
     side, own = max(config.dataset.resolution), run / "base_style.safetensors"

@@ -287,6 +287,11 @@ class Pipeline:
             references=references,
         )
 
+    def encoded(self, prompt: str) -> Conditioning:
+        """What the text encoders make of a prompt, of batch 1."""
+        self._encode([prompt], self.recipe)
+        return self._texts[prompt]
+
     def _encode(self, prompts: Sequence[str], how: Recipe) -> None:
         """Text encoders are loaded for prompts that are new, and dropped again."""
         self._texts |= _encode(

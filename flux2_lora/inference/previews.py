@@ -7,7 +7,7 @@ random number is drawn, no parameter is moved or cast, and the adapter is as it 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,8 +33,10 @@ from flux2_lora.inference.drawn import (
 )
 from flux2_lora.inference.edit import Border, extend, inpaint
 from flux2_lora.inference.grid import Section, draw_grid
+from flux2_lora.inference.pack import save_picture, write_pack
 from flux2_lora.inference.pictures import decoded, to_pictures
 from flux2_lora.inference.sampling import Prompted, generate, initial_noise
+from flux2_lora.inference.settings import Settings
 from flux2_lora.options import option
 from flux2_lora.training.encoding import Encoder
 
@@ -121,6 +123,7 @@ class Preview:
 class Previewer:
     """Draws previews of one run into `folder`, as `drawn` names them; at step 0 it clears what lies there.
 
+    settings: of the first prompt's picture by the run's export, which is what the adapter is at the step `last`;
     at_once: pictures a batch; as many as training has in one, and previews need less memory than a step.
     """
 
@@ -131,6 +134,8 @@ class Previewer:
     folder: Path
     title: str
     device: torch.device
+    settings: Settings
+    last: int
     at_once: int = 1
 
     def draw(self, transformer: nn.Module, step: int) -> Preview:
@@ -142,8 +147,10 @@ class Previewer:
         self._tell(edits)
         latents = self._from_prompts(transformer)
         pictures = [here / f"{index:04d}.png" for index in range(len(latents))]
-        for file, picture in zip(pictures, decoded(self.family, self.vae, latents), strict=True):
-            picture.save(file)
+        settings = self._settings(step)
+        for seed, (file, picture) in enumerate(zip(pictures, decoded(self.family, self.vae, latents), strict=True)):
+            save_picture(picture, file, replace(settings, prompt=self.scene.texts[seed], seed=seed))
+        write_pack(here, settings)
         sections = [self._progress(step)]
         if self.scene.training:
             sections.append(self._strip(len(sections[0].columns)))
@@ -153,6 +160,15 @@ class Previewer:
         large = min(self.scene.height_px, self.scene.width_px) >= _THUMBNAIL_PX
         draw_grid(f"{self.title}, step {step}", sections, _THUMBNAIL_PX if large else 128).save(grid)
         return Preview(grid=grid, pictures=pictures, latents=latents)
+
+    def _settings(self, step: int) -> Settings:
+        """The base draws at step 0; a step before the last names the file that an export of its checkpoint would be."""
+        (file, strength), *_ = self.settings.adapters
+        path = Path(file)
+        if 0 < step < self.last:
+            path = path.with_stem(f"{path.stem}-step-{step:06d}")
+        adapters = ((str(path), strength),) if step else ()
+        return replace(self.settings, prompt=self.scene.texts[0], adapters=adapters)
 
     def _tell(self, edits: Mapping[str, Edit]) -> None:
         """Save what stays the same at every step: texts, what is edited, what is learned from."""
@@ -205,7 +221,16 @@ class Previewer:
         for name, edit in edits.items():
             canvas, _ = extend(edit.picture, Border(right=edit.mask.width - edit.picture.width))
             result = self._paint(transformer, canvas, edit.mask)
-            result.save(here / f"{name}.png")
+            mask = edit.mask
+            settings = replace(
+                self._settings(int(here.name.removeprefix("step-"))),
+                prompt=self.scene.edited_text,
+                height=mask.height,
+                width=mask.width,
+                mode=name,
+                strength=1.0,
+            )
+            save_picture(result, here / f"{name}.png", settings)
             rows.append((f"{name}: {self.scene.edited_text}", [edit.picture, edit.mask, result]))
         return Section(columns=["picture", "mask", "result"], rows=rows)
 

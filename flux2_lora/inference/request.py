@@ -1,16 +1,22 @@
-"""What `sample` and `edit` are asked alike: which adapters, at which strengths, and what a model cannot do."""
+"""What `sample` and `edit` are asked alike: which adapters, at which strengths, what a model cannot do, and how what
+was drawn is written down.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flux2_lora.adapters import Lora
+import torch
+
+from flux2_lora.adapters import Lora, find_adapter, read_adapter
 from flux2_lora.errors import UserError
+from flux2_lora.export import export_universal
 from flux2_lora.families import Model
 from flux2_lora.inference.sampling import Recipe
-from flux2_lora.lora_files import read_loras
+from flux2_lora.inference.settings import TEXT_TO_IMAGE, Settings
+from flux2_lora.lora_files import OUR_NAMES, read_loras
 from flux2_lora.training.progress import console
 
 
@@ -49,11 +55,67 @@ def columns_of(choice: AdapterChoice) -> list[tuple[str, list[float]]]:
     columns = [("base", [0.0] * len(weights))]
     groups = [list(range(len(weights)))] if choice.together else [[index] for index in range(len(weights))]
     for group in groups if choice.adapters else []:
-        name = " + ".join(_name(choice.adapters[index]) for index in group)
+        name = " + ".join(name_of(choice.adapters[index]) for index in group)
         for strength in choice.strengths:
             strengths = [strength * weight if index in group else 0.0 for index, weight in enumerate(weights)]
             columns.append((f"{name} x {strength:g}", strengths))
     return columns
+
+
+def portable(places: Sequence[str], loras: Mapping[str, Lora], model: Model, folder: Path) -> list[str]:
+    """Files that ComfyUI and Diffusers read, one a place: the file itself, a run's export, or one made in `folder`."""
+    files = []
+    for place, lora in zip(places, loras.values(), strict=True):
+        source, run = find_adapter(place), Path(place).expanduser().resolve()
+        exported = run / "export" / f"{run.name}.safetensors"
+        if lora.naming == OUR_NAMES and not exported.is_file():
+            adapter, name = read_adapter(source), name_of(place).replace(" ", "-")
+            exported = folder.resolve() / "adapters" / f"{name}.safetensors"
+            export_universal(
+                adapter.state,
+                adapter.rank,
+                adapter.alpha,
+                exported,
+                architecture=model.family.architecture,
+                dtype=torch.float32,
+                header={"modelspec.title": name},
+            )
+        files.append(str(exported if lora.naming == OUR_NAMES else source.resolve()))
+    return files
+
+
+def settings_of(
+    model: Model,
+    recipe: Recipe,
+    *,
+    prompt: str,
+    size: tuple[int, int],
+    adapters: Sequence[tuple[str, float]] = (),
+    mode: str = TEXT_TO_IMAGE,
+    strength: float | None = None,
+) -> Settings:
+    """What a picture of `size` (height, width in px) carries. strength: of image to image and what is built on it."""
+    spec = model.spec
+    guidance = 1.0 if recipe.guidance is None else recipe.guidance
+    return Settings(
+        family=spec.family,
+        model_title=spec.title,
+        model_path=spec.path,
+        components=spec.components,
+        max_sequence_length=spec.max_sequence_length,
+        prompt=prompt,
+        negative_prompt=recipe.negative_prompt,
+        height=size[0],
+        width=size[1],
+        steps=recipe.steps,
+        seed=recipe.seed,
+        sampler=recipe.sampler,
+        guidance=guidance if model.takes_guidance() else None,
+        cfg_scale=recipe.cfg_scale,
+        adapters=tuple(adapters),
+        mode=mode,
+        strength=strength,
+    )
 
 
 def refuse_what_cannot_be(recipe: Recipe, model: Model, *, references: bool) -> None:
@@ -75,6 +137,7 @@ def refuse_what_cannot_be(recipe: Recipe, model: Model, *, references: bool) -> 
         console.print(f"guidance={recipe.guidance:g} is ignored: this model has no guidance embedding, use cfg_scale")
 
 
-def _name(place: str) -> str:
+def name_of(place: str) -> str:
+    """A file or run by its name, a checkpoint by its run and its step."""
     path = Path(place)
     return f"{path.parent.parent.name} {path.name}" if path.parent.name == "checkpoints" else path.stem

@@ -27,7 +27,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How pictures are sampled, whatever they show. guidance: of models with an embedding for it, 3.5 where null.
+    """How pictures are sampled, whatever they show. guidance: of models with an embedding for it, 1 where null.
 
     cfg_scale: of true classifier-free guidance against negative_prompt, which takes two passes a step; 1 for none.
     """

@@ -1,0 +1,55 @@
+"""What sample and edit are asked alike: columns, and what a model cannot do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from flux2_lora.errors import UserError
+from flux2_lora.families import Model
+from flux2_lora.inference.request import AdapterChoice, columns_of, refuse_what_cannot_be
+from flux2_lora.inference.sampling import Recipe
+
+TWO = ["outputs/ink", "outputs/ink/checkpoints/step-000100"]
+
+
+def test_columns_are_the_base_and_each_adapter_at_each_strength() -> None:
+    assert columns_of(AdapterChoice()) == [("base", [])]
+    assert columns_of(AdapterChoice(adapters=TWO, strengths=[0.5, 1.0], weights=[1.0, 0.5])) == [
+        ("base", [0.0, 0.0]),
+        ("ink x 0.5", [0.5, 0.0]),
+        ("ink x 1", [1.0, 0.0]),
+        ("ink step-000100 x 0.5", [0.0, 0.25]),
+        ("ink step-000100 x 1", [0.0, 0.5]),
+    ]
+
+
+def test_adapters_together_share_a_column() -> None:
+    columns = columns_of(AdapterChoice(adapters=TWO, strengths=[2.0], weights=[1.0, 0.5], together=True))
+    assert columns == [("base", [0.0, 0.0]), ("ink + ink step-000100 x 2", [2.0, 1.0])]
+
+
+@pytest.mark.parametrize(
+    ("distilled", "recipe", "said"),
+    [
+        (True, Recipe(negative_prompt="blue", cfg_scale=4.0), "negative_prompt cannot be used: .* is distilled"),
+        (False, Recipe(negative_prompt="blue", cfg_scale=1.0), "no effect at cfg_scale=1"),
+    ],
+)
+def test_a_negative_prompt_without_effect_is_refused(
+    tiny_model: Model,
+    *,
+    distilled: bool,
+    recipe: Recipe,
+    said: str,
+) -> None:
+    model = replace(tiny_model, spec=replace(tiny_model.spec, distilled=distilled))
+    with pytest.raises(UserError, match=said):
+        refuse_what_cannot_be(recipe, model, references=False)
+
+
+def test_references_need_a_family_that_looks_at_them(tiny_model: Model) -> None:
+    with pytest.raises(UserError, match="looks at no reference pictures"):
+        refuse_what_cannot_be(Recipe(), tiny_model, references=True)
+    refuse_what_cannot_be(Recipe(negative_prompt="blue", cfg_scale=2.0), tiny_model, references=False)
