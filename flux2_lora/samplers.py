@@ -47,6 +47,14 @@ def from_strength(sigmas: Tensor, strength: float) -> Tensor:
     return sigmas[int(steps - min(steps * strength, steps)) :]
 
 
+def from_level(steps: int, level: float) -> Tensor:
+    """Noise levels that refine a picture: evenly from `level` to 0, in that part of `steps`; [k + 1].
+
+    Not shifted: a schedule for whole pictures starts so high that what is there would be drawn anew.
+    """
+    return torch.linspace(level, 0.0, max(round(steps * level), 1) + 1)
+
+
 def guided(positive: Velocity, negative: Velocity, cfg_scale: float) -> Velocity:
     """Classifier-free guidance, v = v_neg + s (v_pos - v_neg). Ho & Salimans 2022 (arXiv:2207.12598), eq. 6."""
 

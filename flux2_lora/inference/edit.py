@@ -24,7 +24,7 @@ from flux2_lora.options import option
 from flux2_lora.samplers import OnStep
 
 Box = tuple[int, int, int, int]
-_FADE_PX = 12
+_FADE_PX, _ALONG_PX = 12, 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +107,20 @@ def lay_over(original: Image.Image, painted: Image.Image, mask: Image.Image) -> 
 
 
 def _steps(below: Tensor, above: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """(kept neighbours minus what was painted, where that is known: the pixels of the mask along its border)."""
-    near = F.avg_pool2d(kept.float(), 3, stride=1, padding=1, count_include_pad=False)
-    neighbours = F.avg_pool2d(below * kept, 3, stride=1, padding=1, count_include_pad=False) / near.clamp_min(1e-6)
-    border = ~kept & (near > 0)
-    return torch.where(border, neighbours - above, 0.0), border
+    """(kept neighbours minus what was painted, where that is known: along the border).
+
+    Averaged along the border, so that a line which crosses it is no step.
+    """
+    border = ~kept & (F.max_pool2d(kept.float(), 3, stride=1, padding=1) > 0)
+    steps = _mean_nearby(below, kept, 3) - above
+    return torch.where(border, _mean_nearby(steps, border, _ALONG_PX), 0.0), border
+
+
+def _mean_nearby(values: Tensor, there: Tensor, window: int) -> Tensor:
+    """The mean of the values that are there, within a window about each pixel; 0 where none is."""
+    part = F.avg_pool2d(there.float(), window, stride=1, padding=window // 2)
+    total = F.avg_pool2d(values * there, window, stride=1, padding=window // 2)
+    return total / part.clamp_min(1e-6)
 
 
 def _fading(kept: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from flux2_lora.inference.sampling import Prompted, Recipe, generate, initial_no
 from flux2_lora.lora_files import read_loras
 from flux2_lora.options import from_mapping
 from flux2_lora.quantize import PrecisionSpec, load_frozen
+from flux2_lora.samplers import from_level
 
 
 @dataclass(kw_only=True)
@@ -241,7 +242,7 @@ class Pipeline:
     def upscale(
         self, image: Image.Image, prompt: str, *, factor: float = 2.0, strength: float = 0.35, **recipe: Any
     ) -> Image.Image:
-        """Enlarge, and redraw at `strength` in overlapping tiles of the size that the model draws."""
+        """Enlarge, and refine from the noise level `strength` in overlapping tiles of the size that the model draws."""
         how, side = self._recipe(recipe, strength), self.family.pixels_per_token
         size = round(image.width * factor), round(image.height * factor)
         self._encode([prompt], how)
@@ -256,8 +257,8 @@ class Pipeline:
             noise,
             how.steps,
             start=start,
-            strength=strength,
             sampler=how.sampler,
+            sigmas=from_level(how.steps, strength),
             tile=self.model.spec.resolution // side,
         )
         return decoded(self.family, self.vae, latents)[0].crop((0, 0, *size))

@@ -98,21 +98,23 @@ def generate(
     start: Tensor | None = None,
     strength: float = 1.0,
     sampler: str = "euler",
+    sigmas: Tensor | None = None,
     tile: int | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Integrate from noise [b c h w] to latents [b c h w].
 
     With `start` latents [b or 1, c h w] the run begins at the noise level that `strength` names: image-to-image.
-    tile: tokens along a side that the model sees at once, null for all of the picture; tiles overlap by a quarter.
+    sigmas: noise levels in place of the family's schedule and `strength`. tile: tokens along a side that the model sees
+    at once, null for all of the picture; tiles overlap by half.
     """
-    velocity, (height, width) = velocity_of(family, transformer, prompted), noise.shape[2:]
+    velocity, tokens = velocity_of(family, transformer, prompted), noise.shape[2] * noise.shape[3]
     if tile is not None:
-        velocity = tiled(velocity, tile, tile // 4)
-        height, width = min(height, tile), min(width, tile)
-    sigmas = schedule(steps, family.inference_mu(transformer, height * width, steps))
+        velocity = tiled(velocity, tile, tile // 2)
+    if sigmas is None:
+        sigmas = schedule(steps, family.inference_mu(transformer, tokens, steps))
+        sigmas = sigmas if start is None else from_strength(sigmas, strength)
     if start is not None:
-        sigmas = from_strength(sigmas, strength)
         level = torch.full((len(noise),), float(sigmas[0]), device=noise.device)
         noise = mix(start.expand_as(noise), noise, level)
     return SAMPLERS[sampler](velocity, noise, sigmas, on_step)

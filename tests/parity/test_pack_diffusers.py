@@ -14,15 +14,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flux2_lora.adapters import Adapter, attach_trained
-from flux2_lora.export import export_universal
+from flux2_lora.adapters import Adapter, Lora, attach_loras, set_strengths
+from flux2_lora.export import export_universal, modules_of
 from flux2_lora.families import Model, ModelSpec, open_model
 from flux2_lora.inference.diffusers_script import diffusers_script
-from flux2_lora.inference.pictures import to_pictures
-from flux2_lora.inference.sampling import Prompted, velocity_of
+from flux2_lora.inference.pictures import decoded
+from flux2_lora.inference.sampling import Prompted, generate, initial_noise
 from flux2_lora.inference.settings import Settings
 from flux2_lora.quantize import PrecisionSpec, load_frozen
-from flux2_lora.samplers import Velocity, euler, schedule
 from tests import miniatures
 
 CPU = torch.device("cpu")
@@ -116,16 +115,6 @@ def written(adapter: Adapter, path: Path) -> Path:
     return path
 
 
-def heun(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Tensor:
-    """Karras et al. 2022, alg. 1."""
-    for now, after in zip(sigmas.tolist()[:-1], sigmas.tolist()[1:], strict=True):
-        slope = velocity(x, now)
-        if after > 0:
-            slope = (slope + velocity(x + (after - now) * slope, after)) / 2
-        x = x + (after - now) * slope
-    return x
-
-
 def _model(settings: Settings) -> Model:
     spec = ModelSpec(
         family=settings.family,
@@ -142,21 +131,19 @@ def ours(settings: Settings, adapter: Adapter, prompts: list[str]) -> list[np.nd
     """What our sampler draws; the adapter as it was trained."""
     model = _model(settings)
     family, transformer = model.family, load_frozen(model, PrecisionSpec(base="fp32"), CPU)
-    for _, strength in settings.active_adapters:
-        scaled = replace(adapter, alpha=adapter.alpha * strength)
-        attach_trained(transformer, family.architecture, {"style": scaled})
-    height, width = settings.height // 16, settings.width // 16
-    sigmas = schedule(settings.steps, family.inference_mu(transformer, height * width, settings.steps))
+    modules = modules_of(adapter.state, adapter.rank, adapter.alpha)
+    strengths = [strength for _, strength in settings.active_adapters]
+    loras = {str(place): Lora(modules=modules, naming="", total=len(modules)) for place in range(len(strengths))}
+    set_strengths(transformer, dict(zip(attach_loras(transformer, loras), strengths, strict=True)))
     *positives, negative = model.load_prompt_encoder(CPU)([*prompts, settings.negative_prompt])
     pictures = []
     for positive in positives:
         prompted = Prompted(
             positive=positive, negative=negative, cfg_scale=settings.cfg_scale, guidance=settings.guidance
         )
-        noise = family.draw_noise(height, width, torch.Generator().manual_seed(settings.seed))
-        sampler = {"euler": euler, "heun": heun}[settings.sampler]
-        latents = sampler(velocity_of(family, transformer, prompted), noise, sigmas)
-        pictures.append(np.asarray(to_pictures(family.decode_latents(model.load_vae(CPU), latents))[0]).astype(float))
+        noise = initial_noise(family, settings.height, settings.width, [settings.seed])
+        latents = generate(family, transformer, prompted, noise, settings.steps, sampler=settings.sampler)
+        pictures.append(np.asarray(decoded(family, model.load_vae(CPU), latents)[0]).astype(float))
     return pictures
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flux2_lora import latents as geometry
 from flux2_lora.flow import TimestepSpec, draw_sigma, generator, linear_mu, mix, shift_sigmas, velocity_error
-from flux2_lora.samplers import SAMPLERS, empirical_mu, euler, from_strength, guided, schedule, tiled
+from flux2_lora.samplers import SAMPLERS, empirical_mu, euler, from_level, from_strength, guided, schedule, tiled
 
 
 @given(mu=st.floats(-3, 3))
@@ -125,3 +125,9 @@ def test_tiles_that_disagree_fade_into_each_other() -> None:
     assert found[-1] == pytest.approx(6)
     assert (found.diff() >= 0).all()
     assert found.diff().max() < 4
+
+
+def test_refining_starts_at_its_level_and_takes_its_part_of_the_steps() -> None:
+    torch.testing.assert_close(from_level(20, 0.35), torch.linspace(0.35, 0, 8))
+    assert from_level(4, 0.1).tolist() == pytest.approx([0.1, 0.0])
+    assert not from_level(20, 0.0).any()
