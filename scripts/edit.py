@@ -102,8 +102,11 @@ def main(config: EditConfig) -> None:
     columns = columns_of(config)
     columns = columns[1:] or columns
     results = []
+    if config.merged:
+        pipeline.merge(columns[-1][1])
     for heading, strengths in columns:
-        pipeline.use(strengths)
+        if not config.merged:
+            pipeline.use(strengths)
         results.append(edited(config, job, pipeline, references))
         console.print(f"{len(results)} of {len(columns)}: {heading}")
 

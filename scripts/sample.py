@@ -78,8 +78,11 @@ def main(config: SampleConfig) -> None:
 
     drawn: list[list[Image.Image]] = []
     columns = columns_of(config)
+    if config.merged:
+        pipeline.merge(columns[-1][1])
     for heading, strengths in columns:
-        pipeline.use(strengths)
+        if not config.merged:
+            pipeline.use(strengths)
         pictures = pipeline.generate(
             config.prompts,
             height=height,

@@ -24,7 +24,8 @@ from flux2_lora.training.progress import console
 class AdapterChoice:
     """adapters: runs, checkpoints or files; weights: one an adapter, 1 where not given; strengths: what these are
     multiplied by, a column each. together: all adapters in one column, else each alone. blocks: where they act, as
-    adapter.targets names groups; a number after a colon is a factor of the strength there.
+    adapter.targets names groups; a number after a colon is a factor of the strength there. merged: fold the adapters of
+    the last column into the base and draw that column alone, which saves their work in every step.
     """
 
     adapters: list[str] = field(default_factory=list)
@@ -32,6 +33,7 @@ class AdapterChoice:
     strengths: list[float] = field(default_factory=lambda: [1.0])
     together: bool = False
     blocks: list[str] = field(default_factory=list)
+    merged: bool = False
 
 
 def read_chosen(choice: AdapterChoice, model: Model) -> Mapping[str, Lora]:
@@ -49,7 +51,7 @@ def read_chosen(choice: AdapterChoice, model: Model) -> Mapping[str, Lora]:
 def columns_of(choice: AdapterChoice) -> list[tuple[str, list[float]]]:
     """(heading, one strength an adapter) of every column: the base, then each adapter alone, or all, at each strength.
 
-    A checkpoint goes by its run and its step.
+    A checkpoint goes by its run and its step. Merged adapters have the last column only.
     """
     weights = choice.weights or [1.0] * len(choice.adapters)
     columns = [("base", [0.0] * len(weights))]
@@ -59,7 +61,7 @@ def columns_of(choice: AdapterChoice) -> list[tuple[str, list[float]]]:
         for strength in choice.strengths:
             strengths = [strength * weight if index in group else 0.0 for index, weight in enumerate(weights)]
             columns.append((f"{name} x {strength:g}", strengths))
-    return columns
+    return columns[-1:] if choice.merged else columns
 
 
 def portable(places: Sequence[str], loras: Mapping[str, Lora], model: Model, folder: Path) -> list[str]:

@@ -113,6 +113,17 @@ def test_upscale_enlarges_in_tiles(command: Command) -> None:
     assert pixels("outputs/edit/0000.png").shape == (192, 192, 3)
 
 
+def test_a_drawn_picture_is_enlarged_and_refined(command: Command) -> None:
+    for name, upscale in {"small": 1, "large": 2}.items():
+        options = ("prompts=[red apple]", f"upscale={upscale}", f"output={name}", "steps=6")
+        assert command("sample", *options).code == 0
+    with Image.open("large/0000.png") as large:
+        assert large.size == (128, 128)
+        shrunk = np.asarray(large.resize((64, 64), Image.Resampling.BOX)).astype(int)
+    assert np.abs(shrunk - pixels("small/0000.png")).mean() < 25  # the same picture
+    assert read_settings(Path("large/0000.png")).mode == "upscale"
+
+
 def test_sides_are_rounded_to_whole_tokens_and_that_is_said_once(command: Command) -> None:
     outcome = command("sample", *QUICK, "prompts=[red apple, cat face]", "height=70", "width=95")
     assert outcome.code == 0
@@ -125,13 +136,15 @@ def test_adapters_are_drawn_alone_and_together(command: Command, trained: Path) 
     for name, options in {
         "alone": [twice, "strengths=[40]"],
         "halves": [twice, "strengths=[40]", "weights=[0.25,0.75]", "together=true"],
+        "merged": [f"adapters=[{trained}]", "strengths=[40]", "merged=true"],
         "blocks": [f"adapters=[{trained}]", "strengths=[40]", "blocks=[double]"],
     }.items():
         outcome = command("sample", *QUICK, "prompts=[red apple]", f"output={name}", *options)
         assert outcome.code == 0, outcome.err
         assert ("32 of 32 modules" in outcome.out) == (name != "blocks")
-    far = np.abs(pixels("alone/0000.png") - pixels("halves/0000.png"))
-    assert far.max() <= 2
+    far = {name: np.abs(pixels("alone/0000.png") - pixels(f"{name}/0000.png")) for name in ("halves", "merged")}
+    assert far["halves"].max() <= 2
+    assert far["merged"].mean() < 2  # quantised again
     assert np.abs(pixels("alone/0000.png") - pixels("blocks/0000.png")).max() > 2
     assert read_settings(Path("halves/0000.png")).adapters == (("short.safetensors", 10), ("short.safetensors", 30))
 

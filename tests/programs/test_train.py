@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +148,16 @@ def test_pictures_can_be_compared_by_an_image_encoder_at_hand(command: Command, 
     refused = command("train", *options, f"validation.features={tmp_path / 'nothing'}", "name=blind")
     assert refused.code == 2
     assert "validation.features" in refused.err
+
+
+def test_previews_need_no_more_memory_than_training(tmp_path: Path) -> None:
+    """Eight pictures are drawn where a step holds four; each run is a process of its own, since a peak only grows."""
+    peaks = {}
+    for every in (0, 3):
+        command = [sys.executable, "-m", "flux2_lora", "train", "max_steps=3", "batch_size=4", "checks=false"]
+        options = [f"preview.every={every}", "preview.count=8", "preview.steps=2", "validation.every=0", "device=cpu"]
+        arguments = [*command, *options, f"name=every{every}"]
+        told = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert told.returncode == 0, told.stderr
+        peaks[every] = max(row.get("peak_bytes", 0) for row in rows_of(tmp_path / "outputs" / f"every{every}"))
+    assert peaks[3] <= 1.03 * peaks[0]
