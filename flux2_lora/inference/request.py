@@ -121,7 +121,7 @@ def settings_of(
 
 
 def refuse_what_cannot_be(recipe: Recipe, model: Model, *, references: bool) -> None:
-    """UserError for a negative prompt or references that the model would not look at; a word about guidance."""
+    """UserError for a negative prompt or references that the model cannot look at; a word on what has no effect."""
     title = model.spec.title
     if recipe.negative_prompt and model.spec.distilled:
         raise UserError(
@@ -129,10 +129,7 @@ def refuse_what_cannot_be(recipe: Recipe, model: Model, *, references: bool) -> 
             "leave it out, or use the base model of its size",
         )
     if recipe.negative_prompt and recipe.cfg_scale <= 1:
-        raise UserError(
-            f"negative_prompt has no effect at cfg_scale={recipe.cfg_scale:g}",
-            "set cfg_scale=4, which takes two passes a step, or leave negative_prompt out",
-        )
+        console.print(f"negative_prompt has no effect at cfg_scale={recipe.cfg_scale:g}; cfg_scale=4 takes two passes")
     if references and not model.family.takes_references:
         raise UserError(f"{title} looks at no reference pictures", "use a model of flux2_klein or flux2_dev")
     if recipe.guidance is not None and not model.takes_guidance():

@@ -58,7 +58,7 @@ def test_an_adapter_of_klein_base_is_sampled_on_the_distilled_one(
     distilled = ("model=flux2_klein_4b", "model.path=model", "height=32", "width=32", "device=cpu")
     drawn = command("sample", *distilled, "adapters=[outputs/mine]", "prompts=[cat]", "output=out")
     assert drawn.code == 0, drawn.err
-    assert "1 of 1: cat" in drawn.out
+    assert "2 of 2: mine x 1" in drawn.out
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "bf16"])
