@@ -14,7 +14,6 @@ carries its settings.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from PIL import Image, ImageOps
 
@@ -30,6 +29,7 @@ from flux2_lora.inference.pipeline import Pipeline
 from flux2_lora.inference.request import (
     AdapterChoice,
     columns_of,
+    output_folder,
     portable,
     read_chosen,
     refuse_what_cannot_be,
@@ -90,7 +90,7 @@ class Job:
 
 @program("edit")
 def main(config: EditConfig) -> None:
-    job = job_of(config)
+    job, folder = job_of(config), output_folder(config.output)
     references = [read_picture(place, "references") for place in config.references]
     model, device = open_model(config.model), pick_device(config.device)
     refuse_what_cannot_be(config, model, references=bool(references))
@@ -110,7 +110,6 @@ def main(config: EditConfig) -> None:
         results.append(edited(config, job, pipeline, references))
         console.print(f"{len(results)} of {len(columns)}: {heading}")
 
-    folder = Path(config.output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     last = settings_of(
         model,
@@ -120,6 +119,8 @@ def main(config: EditConfig) -> None:
         adapters=list(zip(portable(config.adapters, loras, model, folder), columns[-1][1], strict=True)),
         mode=job.mode,
         strength=job.strength,
+        references=len(references),
+        blocks=config.blocks,
     )
     save_picture(results[-1], folder / "0000.png", last)
     before = {"picture": job.picture} | ({} if job.mask is None else {"mask": job.mask})
@@ -136,14 +137,15 @@ def job_of(config: EditConfig) -> Job:
     picture, drawn = read_job(config)
     border = border_of(config, picture)
     if config.upscale > 1:
-        if drawn is not None or border != Border():
-            raise UserError("upscale goes with no mask and no border", "edit first, then upscale the result")
+        if config.mask is not None or border != Border() or config.references:
+            raise UserError("upscale goes with no mask, border or references", "edit first, then upscale the result")
         return Job(mode="upscale", picture=picture, canvas=picture, strength=config.or_else(0.35))
-    if border == Border() and drawn is None:
+    if border == Border() and drawn is None and config.ratio is None:
         return Job(mode="image to image", picture=picture, canvas=picture, strength=config.or_else(0.6))
     canvas, mask = extend(picture, border)
     if drawn is not None:
         mask.paste(drawn, (border.left, border.top))
+    mask = soften(mask, config.feather_px)
     widest = max(border.left, border.right, border.top, border.bottom, config.padding_px)
     mode = "inpaint" if border == Border() else "outpaint"
     strength = config.or_else(1.0)
@@ -164,13 +166,15 @@ def read_job(config: EditConfig) -> tuple[Image.Image, Image.Image | None]:
     if drawn.size != picture.size:
         console.print(f"the mask, {drawn.width} x {drawn.height} px, is resized to {picture.width} x {picture.height}")
         drawn = drawn.resize(picture.size, Image.Resampling.BILINEAR)
-    return picture, soften(ImageOps.invert(drawn) if config.invert_mask else drawn, config.feather_px)
+    return picture, ImageOps.invert(drawn) if config.invert_mask else drawn
 
 
 def border_of(config: EditConfig, picture: Image.Image) -> Border:
     """outpaint's sides, or what reaches the ratio."""
     if config.ratio is None:
         return config.outpaint
+    if config.outpaint != Border():
+        raise UserError("ratio and outpaint both say how wide the border is", "give one of them")
     try:
         width, height = (float(side) for side in config.ratio.split(":"))
         return border_for(picture.width, picture.height, width / height)

@@ -12,7 +12,6 @@ carries its settings, and beside the grid lie a ComfyUI workflow and a Diffusers
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from PIL import Image
 
@@ -27,6 +26,7 @@ from flux2_lora.inference.pipeline import Pipeline
 from flux2_lora.inference.request import (
     AdapterChoice,
     columns_of,
+    output_folder,
     portable,
     read_chosen,
     refuse_what_cannot_be,
@@ -68,8 +68,10 @@ def main(config: SampleConfig) -> None:
     references = [read_picture(place, "references") for place in config.references]
     model, device = open_model(config.model), pick_device(config.device)
     refuse_what_cannot_be(config, model, references=bool(references))
+    if references and config.upscale > 1:
+        raise UserError("upscale refines without references", "draw first, then flux2-lora edit upscale=2")
     loras = read_chosen(config, model)
-    prompts = [*config.prompts, config.negative_prompt]
+    prompts, folder = [*config.prompts, config.negative_prompt], output_folder(config.output)
     pipeline = Pipeline.open(model, config.precision, loras, device, prompts=prompts)
     pipeline.recipe = config
     height, width = (pipeline.whole_tokens(px) for px in (config.height, config.width))
@@ -99,7 +101,6 @@ def main(config: SampleConfig) -> None:
         drawn.append(pictures)
         console.print(f"{len(drawn)} of {len(columns)}: {heading}")
 
-    folder = Path(config.output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     files = portable(config.adapters, loras, model, folder)
     size = (height, width) if config.upscale == 1 else drawn[-1][0].size[::-1]
@@ -112,6 +113,8 @@ def main(config: SampleConfig) -> None:
         adapters=list(zip(files, columns[-1][1], strict=True)),
         mode="upscale" if config.upscale > 1 else "image to image" if source is not None else TEXT_TO_IMAGE,
         strength=config.strength if source is not None else refined,
+        references=len(references),
+        blocks=config.blocks,
     )
     for index, (prompt, picture) in enumerate(zip(config.prompts, drawn[-1], strict=True)):
         save_picture(picture, folder / f"{index:04d}.png", replace(last, prompt=prompt))

@@ -534,7 +534,7 @@ def watch_of(config: TrainConfig, run: Path, data: Data, state: TrainState, devi
                 ),
                 prompt="",
                 size=(data.scene.height_px, data.scene.width_px),
-                adapters=[(str(exported(config, run)), 1.0)],
+                adapters=[(str(exported(config, run).resolve()), 1.0)],
             ),
             last=config.max_steps,
             at_once=config.batch_size,

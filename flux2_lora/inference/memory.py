@@ -26,28 +26,27 @@ def most_at_once(
     *,
     height_px: int,
     width_px: int,
-    text_tokens: int,
+    other_tokens: int,
     tile_px: int | None = None,
 ) -> int:
     """How many pictures of a size can be drawn in one batch; UserError, with the largest square, where none can.
 
-    tile_px: what the transformer sees at once, where that is not all of the picture.
+    other_tokens: of text and references. tile_px: what the transformer sees at once, where that is not all of it.
     """
 
     def needed(height: int, width: int) -> int:
-        return needed_bytes(transformer, vae, device, height, width, text_tokens, tile_px)
+        return needed_bytes(transformer, vae, device, height, width, other_tokens, tile_px)
 
     free = free_bytes(device)
     if needed(height_px, width_px) <= free:
         return free // needed(height_px, width_px)
-    step = 16
-    side = step
+    side, step = 0, 16
     while needed(side + step, side + step) <= free:
         side += step
     raise UserError(
         f"a picture of {width_px} x {height_px} px needs about {needed(height_px, width_px) / 1e9:.1f} GB beside the "
         f"model, and {free / 1e9:.1f} GB are free",
-        f"{side} x {side} px fits; upscale enlarges it in tiles",
+        f"{side} x {side} px fits; upscale enlarges it in tiles" if side else "close other programs, or use device=cpu",
     )
 
 
@@ -57,13 +56,13 @@ def needed_bytes(
     device: torch.device,
     height_px: int,
     width_px: int,
-    text_tokens: int,
+    other_tokens: int,
     tile_px: int | None = None,
 ) -> int:
     """The larger of what a step and what the autoencoder holds; they do not run together."""
     config: Any = transformer.config
     hidden = config.num_attention_heads * config.attention_head_dim
     seen = min(height_px, tile_px or height_px) * min(width_px, tile_px or width_px)
-    step = _NUMBERS_A_TOKEN * hidden * (seen // 256 + text_tokens) * compute_dtype(device).itemsize
+    step = _NUMBERS_A_TOKEN * hidden * (seen // 256 + other_tokens) * compute_dtype(device).itemsize
     coding = coding_bytes(vae, min(height_px, SMALL_TILE_PX) * min(width_px, SMALL_TILE_PX))
     return int(max(step, coding + 12 * height_px * width_px))

@@ -32,7 +32,7 @@ def own_samples(
     keys = encoder.encode_texts(prompts)
     conditioning = encoder.conditioning([keys[prompt] for prompt in prompts])
     side = min(side_px, LONGEST_PX) // family.pixels_per_token * family.pixels_per_token
-    key = digest(*prompts, str(side))
+    key = digest(family.name, encoder.model.spec.path, *prompts, str(side))
     drawn = _kept(file, key)
     if drawn is None:
         there = conditioning.to(encoder.device, torch.float32)

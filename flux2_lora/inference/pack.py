@@ -18,9 +18,10 @@ from flux2_lora.errors import UserError
 from flux2_lora.files import write_bytes, write_text
 from flux2_lora.inference.comfyui import comfyui_api, comfyui_ui
 from flux2_lora.inference.diffusers_script import diffusers_script
-from flux2_lora.inference.settings import TEXT_TO_IMAGE, Settings, a1111_text, from_mapping, public, to_json
+from flux2_lora.inference.settings import Settings, a1111_text, from_mapping, public, to_json
 
 _CHUNK = "flux2_lora"
+_NAMES = ("workflow.api.json", "workflow.json", "with_diffusers.py")  # diffusers.py would import itself
 
 
 def save_picture(picture: Image.Image, path: Path, settings: Settings) -> None:
@@ -28,7 +29,7 @@ def save_picture(picture: Image.Image, path: Path, settings: Settings) -> None:
     shown, chunks = public(settings), PngInfo()
     chunks.add_text("parameters", a1111_text(settings))
     chunks.add_text(_CHUNK, to_json(shown))
-    if settings.mode == TEXT_TO_IMAGE:
+    if settings.elsewhere:
         chunks.add_text("prompt", json.dumps(comfyui_api(shown)))
         chunks.add_text("workflow", json.dumps(comfyui_ui(shown)))
     content = BytesIO()
@@ -50,18 +51,22 @@ def read_settings(path: Path) -> Settings:
 
 
 def write_pack(folder: Path, settings: Settings, *, prompts: Sequence[str] = ()) -> list[Path]:
-    """Write workflow.api.json, workflow.json and with_diffusers.py; returns their paths, none for other modes.
+    """Write workflow.api.json, workflow.json and with_diffusers.py; returns their paths.
+
+    Of other modes, of parts of adapters and with references there are none, and earlier ones are removed.
 
     prompts: all of the grid, for the script; the workflows draw that of `settings`. The script names its files in full,
     since it is run on this machine.
     """
-    if settings.mode != TEXT_TO_IMAGE:
+    if not settings.elsewhere:
+        for name in _NAMES:
+            (folder / name).unlink(missing_ok=True)
         return []
-    contents = {
-        "workflow.api.json": json.dumps(comfyui_api(settings), indent=2) + "\n",
-        "workflow.json": json.dumps(comfyui_ui(settings), indent=2) + "\n",
-        "with_diffusers.py": diffusers_script(settings, prompts=prompts),  # diffusers.py would import itself
-    }
-    for name, content in contents.items():
+    contents = (
+        json.dumps(comfyui_api(settings), indent=2) + "\n",
+        json.dumps(comfyui_ui(settings), indent=2) + "\n",
+        diffusers_script(settings, prompts=prompts),
+    )
+    for name, content in zip(_NAMES, contents, strict=True):
         write_text(folder / name, content)
-    return [folder / name for name in contents]
+    return [folder / name for name in _NAMES]

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from flux2_lora.dataset.pictures import UnreadableError, open_picture
 from flux2_lora.devices import free_bytes
 from flux2_lora.errors import UserError
 from flux2_lora.families import ModelFamily
@@ -22,22 +23,23 @@ _NUMBERS_A_PIXEL = 10  # and channel of the largest layers: measured 3 to 9, of 
 
 
 def read_picture(place: str, option: str) -> Image.Image:
-    """An upright picture, RGB, or RGBA where something of it is transparent; UserError that names `option`."""
+    """An upright sRGB picture, RGB, or RGBA where something of it is transparent; UserError that names `option`."""
     path = Path(place).expanduser()
+    if not path.is_file():
+        raise UserError(f"{option}={place} does not exist", "give the path of a picture")
     try:
-        with Image.open(path) as file:
-            upright = ImageOps.exif_transpose(file).convert("RGBA")
-    except FileNotFoundError as error:
-        raise UserError(f"{option}={place} does not exist", "give the path of a picture") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{option}={place} cannot be read as a picture", "give a PNG, JPEG or WebP file") from error
-    opaque = upright.getchannel("A").getextrema() == (255, 255)
-    return upright.convert("RGB") if opaque else upright
+        picture = open_picture(path)
+    except UnreadableError as error:
+        raise UserError(f"{option}={place} cannot be read: {error}", "give a PNG, JPEG or WebP file") from error
+    seen = picture.image.copy()
+    if picture.alpha is not None and picture.alpha.getextrema() != (255, 255):
+        seen.putalpha(picture.alpha)
+    return seen
 
 
 def mask_of(picture: Image.Image) -> Image.Image:
     """A grey mask, 255 = repaint: what was made transparent, else what was painted in any colour on black."""
-    if "A" in picture.getbands():
+    if "A" in picture.getbands() and picture.getchannel("A").getextrema() != (255, 255):
         return ImageOps.invert(picture.getchannel("A"))
     return Image.fromarray(np.asarray(picture.convert("RGB")).max(axis=2))
 

@@ -35,6 +35,8 @@ from flux2_lora.options import from_mapping
 from flux2_lora.quantize import PrecisionSpec, load_frozen
 from flux2_lora.samplers import from_level
 
+_LARGEST_REFERENCE = 1024 * 1024  # px
+
 
 @dataclass(kw_only=True)
 class Pipeline:
@@ -156,7 +158,7 @@ class Pipeline:
 
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         self._encode(texts, how)
-        most = self._most_at_once(*size)
+        most = self._most_at_once(*size, references=looked_at)
         parts = [texts[start : start + most] for start in range(0, len(texts), most)]
         pictures = [picture for part in parts for picture in split_to_fit(draw, part)]
         return pictures[0] if isinstance(prompt, str) else pictures
@@ -197,13 +199,14 @@ class Pipeline:
         part, bright = picture.crop(box), drawn.crop(box)
         scale = max((area / (part.width * part.height)) ** 0.5, 1.0) if cropped else 1.0
         size = round(part.width * scale), round(part.height * scale)
+        looked_at = [self._latents(reference) for reference in references]
         self._encode([prompt], how)
-        self._most_at_once(size[1], size[0])
+        self._most_at_once(size[1], size[0], references=looked_at)
         painted = inpaint(
             self.family,
             self.transformer,
             self.vae,
-            self._prompted([prompt], how, [self._latents(reference) for reference in references]),
+            self._prompted([prompt], how, looked_at),
             part.resize(size, Image.Resampling.LANCZOS),
             bright.resize(size, Image.Resampling.BILINEAR),
             how.steps,
@@ -236,7 +239,7 @@ class Pipeline:
         if ratio is not None:
             border = border_for(image.width, image.height, ratio)
         canvas, mask = extend(image.convert("RGB"), border)
-        options.setdefault("padding_px", max(left, right, top, bottom, 64))
+        options.setdefault("padding_px", max(border.left, border.right, border.top, border.bottom, 64))
         return self.inpaint(canvas, mask, prompt, **options)
 
     def upscale(
@@ -263,14 +266,17 @@ class Pipeline:
         )
         return decoded(self.family, self.vae, latents)[0].crop((0, 0, *size))
 
-    def _most_at_once(self, height_px: int, width_px: int, tile_px: int | None = None) -> int:
+    def _most_at_once(
+        self, height_px: int, width_px: int, *, tile_px: int | None = None, references: Sequence[Tensor] = ()
+    ) -> int:
+        text = max(text.embeds.shape[1] for text in self._texts.values())
         return most_at_once(
             self.transformer,
             self.vae,
             self.device,
             height_px=height_px,
             width_px=width_px,
-            text_tokens=max(text.embeds.shape[1] for text in self._texts.values()),
+            other_tokens=text + sum(reference[0, 0].numel() for reference in references),
             tile_px=tile_px,
         )
 
@@ -305,7 +311,8 @@ class Pipeline:
                 f"{self.model.spec.title} looks at no reference pictures", "use a model of flux2_klein or flux2_dev"
             )
         picture = reference.convert("RGB")
-        width, height = (self.whole_tokens(px) for px in picture.size)
+        shrink = min((_LARGEST_REFERENCE / (picture.width * picture.height)) ** 0.5, 1.0)  # as Diffusers does
+        width, height = (self.whole_tokens(int(px * shrink)) for px in picture.size)
         return encoded(self.family, self.vae, fit(picture, height, width), self.device).mean
 
 

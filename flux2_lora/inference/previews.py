@@ -193,8 +193,8 @@ class Previewer:
         """Prompts as rows; the base, some earlier steps and now as columns."""
         shown = spread([s for s in drawn_steps(self.folder) if s <= step], _MOST_COLUMNS)
         heads = ["base" if s == 0 else f"step {s}" for s in shown]
-        rows: list[tuple[str, Sequence[Image.Image]]] = [
-            (text, [Image.open(step_folder(self.folder, s) / f"{index:04d}.png") for s in shown])
+        rows: list[tuple[str, Sequence[Image.Image | None]]] = [
+            (text, [_drawn(step_folder(self.folder, s) / f"{index:04d}.png") for s in shown])
             for index, text in enumerate(self.scene.texts)
         ]
         return Section(columns=heads, rows=rows)
@@ -253,6 +253,11 @@ def _middle_hole(picture: Image.Image) -> Image.Image:
     quarter_w, quarter_h = picture.width // 4, picture.height // 4
     ImageDraw.Draw(mask).rectangle((quarter_w, quarter_h, 3 * quarter_w - 1, 3 * quarter_h - 1), fill=255)
     return mask
+
+
+def _drawn(file: Path) -> Image.Image | None:
+    """None where an earlier step had fewer prompts."""
+    return Image.open(file) if file.is_file() else None
 
 
 def _thumbnail(record: Record) -> Image.Image:

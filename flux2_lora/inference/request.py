@@ -4,13 +4,14 @@ was drawn is written down.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from flux2_lora.adapters import Lora, find_adapter, read_adapter
+from flux2_lora.adapters import WEIGHTS, Lora, find_adapter, read_adapter
 from flux2_lora.errors import UserError
 from flux2_lora.export import export_universal
 from flux2_lora.families import Model
@@ -67,11 +68,12 @@ def columns_of(choice: AdapterChoice) -> list[tuple[str, list[float]]]:
 def portable(places: Sequence[str], loras: Mapping[str, Lora], model: Model, folder: Path) -> list[str]:
     """Files that ComfyUI and Diffusers read, one a place: the file itself, a run's export, or one made in `folder`."""
     files = []
-    for place, lora in zip(places, loras.values(), strict=True):
+    for number, (place, lora) in enumerate(zip(places, loras.values(), strict=True)):
         source, run = find_adapter(place), Path(place).expanduser().resolve()
         exported = run / "export" / f"{run.name}.safetensors"
-        if lora.naming == OUR_NAMES and not exported.is_file():
-            adapter, name = read_adapter(source), name_of(place).replace(" ", "-")
+        current = exported.is_file() and exported.stat().st_mtime >= source.stat().st_mtime
+        if lora.naming == OUR_NAMES and not current:
+            adapter, name = read_adapter(source), f"{number}-{name_of(place).replace(' ', '-')}"
             exported = folder.resolve() / "adapters" / f"{name}.safetensors"
             export_universal(
                 adapter.state,
@@ -95,15 +97,20 @@ def settings_of(
     adapters: Sequence[tuple[str, float]] = (),
     mode: str = TEXT_TO_IMAGE,
     strength: float | None = None,
+    references: int = 0,
+    blocks: Sequence[str] = (),
 ) -> Settings:
-    """What a picture of `size` (height, width in px) carries. strength: of image to image and what is built on it."""
+    """What a picture of `size` (height, width in px) carries. strength: of image to image and what is built on it.
+
+    Paths of this machine are made absolute, so that scripts find them from anywhere and pictures do not tell them.
+    """
     spec = model.spec
     guidance = 1.0 if recipe.guidance is None else recipe.guidance
     return Settings(
         family=spec.family,
         model_title=spec.title,
-        model_path=spec.path,
-        components=spec.components,
+        model_path=_absolute(spec.path),
+        components=_absolute(spec.components) if spec.components else None,
         max_sequence_length=spec.max_sequence_length,
         prompt=prompt,
         negative_prompt=recipe.negative_prompt,
@@ -117,7 +124,26 @@ def settings_of(
         adapters=tuple(adapters),
         mode=mode,
         strength=strength,
+        references=references,
+        blocks=tuple(blocks),
     )
+
+
+def output_folder(place: str) -> Path:
+    """Where results go, not made yet; UserError where nothing can be written, before anything is drawn."""
+    folder = Path(place).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return Path(place).expanduser()
+    except OSError as error:
+        raise UserError(f"output={place} cannot be written ({error.strerror})", "give a folder of your own") from error
+
+
+def _absolute(place: str) -> str:
+    """A path that is there in full; a hub id as it is."""
+    path = Path(place).expanduser()
+    return str(path.resolve()) if path.exists() else place
 
 
 def refuse_what_cannot_be(recipe: Recipe, model: Model, *, references: bool) -> None:
@@ -139,4 +165,6 @@ def refuse_what_cannot_be(recipe: Recipe, model: Model, *, references: bool) -> 
 def name_of(place: str) -> str:
     """A file or run by its name, a checkpoint by its run and its step."""
     path = Path(place)
-    return f"{path.parent.parent.name} {path.name}" if path.parent.name == "checkpoints" else path.stem
+    path = path.parent if path.name == WEIGHTS else path
+    name = path.stem if path.suffix == ".safetensors" else path.name
+    return f"{path.parent.parent.name} {name}" if path.parent.name == "checkpoints" else name

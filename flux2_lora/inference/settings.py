@@ -26,7 +26,8 @@ class Settings:
 
     guidance: the embedded scale, None exactly where the model has no guidance embedding; cfg_scale: true CFG above 1.
     adapters: (file, strength); strength: how much of a picture was redrawn, None for text to image. height, width: px,
-    as asked for. max_sequence_length: tokens of a prompt, None for the family's own.
+    as asked for. max_sequence_length: tokens of a prompt, None for the family's own. references: how many pictures the
+    model looked at; blocks: where alone the adapters acted.
     """
 
     family: str
@@ -46,7 +47,14 @@ class Settings:
     mode: str = TEXT_TO_IMAGE
     strength: float | None = None
     max_sequence_length: int | None = None
+    references: int = 0
+    blocks: tuple[str, ...] = ()
     version: str = __version__
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether a workflow and a script can draw the same: from a prompt, and whole adapters."""
+        return self.mode == TEXT_TO_IMAGE and not self.references and not self.blocks
 
     @property
     def drawn_height(self) -> int:
@@ -99,7 +107,7 @@ def from_mapping(values: Mapping[str, Any]) -> Settings:
     """Settings of what `to_json` wrote, KeyError or TypeError for what is not; entries of later versions drop out."""
     adapters = tuple((str(file), float(strength)) for file, strength in values["adapters"])
     known = {field.name: values[field.name] for field in fields(Settings) if field.name in values}
-    return Settings(**{**known, "adapters": adapters})
+    return Settings(**{**known, "adapters": adapters, "blocks": tuple(values.get("blocks", ()))})
 
 
 def a1111_text(settings: Settings) -> str:

@@ -73,6 +73,8 @@ def test_outpaint_grows_by_the_pixels_asked_for_and_keeps_the_picture(command: C
 
 
 def test_a_ratio_is_reached_and_the_picture_kept(command: Command) -> None:
+    assert command("edit", *QUICK, f"image={FACE}", "ratio=1:1", "output=same").code == 0
+    assert np.array_equal(pixels("same/0000.png"), pixels(FACE))
     assert command("edit", *QUICK, f"image={FACE}", "ratio=3:2").code == 0
     after = pixels("outputs/edit/0000.png")
     assert after.shape == (128, 192, 3)
@@ -146,6 +148,7 @@ def test_adapters_are_drawn_alone_and_together(command: Command, trained: Path) 
     assert far["halves"].max() <= 2
     assert far["merged"].mean() < 2  # quantised again
     assert np.abs(pixels("alone/0000.png") - pixels("blocks/0000.png")).max() > 2
+    assert not Path("blocks/workflow.json").exists()  # no other program would draw a part of an adapter
     assert read_settings(Path("halves/0000.png")).adapters == (("short.safetensors", 10), ("short.safetensors", 30))
 
 
@@ -171,7 +174,11 @@ def test_what_cannot_be_drawn_is_refused(command: Command, options: list[str], s
     ("options", "said"),
     [
         ([f"image={FACE}", "ratio=wide"], "ratio=wide is no ratio"),
-        ([f"image={FACE}", "upscale=2", "outpaint.left=8"], "upscale goes with no mask and no border"),
+        ([f"image={FACE}", "ratio=-1:2"], "ratio=-1:2 is no ratio"),
+        ([f"image={FACE}", "ratio=inf:1"], "ratio=inf:1 is no ratio"),
+        ([f"image={FACE}", "ratio=2:1", "outpaint.left=8"], "ratio and outpaint both say"),
+        ([f"image={FACE}", "upscale=2", "outpaint.left=8"], "upscale goes with no mask, border"),
+        ([f"image={FACE}", "output=/proc/none"], "output=/proc/none cannot be written"),
         ([f"image={FACE}", "mask=nowhere.png"], "mask=nowhere.png does not exist"),
     ],
 )

@@ -98,6 +98,8 @@ def test_masks_are_what_is_bright_painted_or_transparent() -> None:
     painted.putdata([(0, 0, 0), (255, 0, 0)])
     erased = Image.new("RGBA", (2, 1))
     erased.putdata([(9, 9, 9, 255), (9, 9, 9, 0)])
+    opaque = painted.convert("RGBA")
+    assert list(mask_of(opaque).get_flattened_data()) == [0, 255]
     assert [list(mask_of(mask).get_flattened_data()) for mask in (grey, painted, erased)] == [
         [0, 128],
         [0, 255],

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from flux2_lora.errors import UserError
 from flux2_lora.families import Model
-from flux2_lora.inference.request import AdapterChoice, columns_of, refuse_what_cannot_be
+from flux2_lora.inference.request import AdapterChoice, columns_of, name_of, refuse_what_cannot_be, settings_of
 from flux2_lora.inference.sampling import Recipe
+from flux2_lora.inference.settings import public
 
 TWO = ["outputs/ink", "outputs/ink/checkpoints/step-000100"]
 
@@ -46,3 +48,20 @@ def test_a_negative_prompt_without_effect_is_said(tiny_model: Model, capsys: pyt
 def test_references_need_a_family_that_looks_at_them(tiny_model: Model) -> None:
     with pytest.raises(UserError, match="looks at no reference pictures"):
         refuse_what_cannot_be(Recipe(), tiny_model, references=True)
+
+
+def test_names_keep_what_is_no_suffix_and_name_the_checkpoint() -> None:
+    assert name_of("style-v1.5.safetensors") == "style-v1.5"
+    assert name_of("outputs/run-0.5") == "run-0.5"
+    assert name_of("outputs/ink/checkpoints/step-000100/adapter.safetensors") == "ink step-000100"
+
+
+def test_settings_tell_no_folder_of_this_machine(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "client" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    model = replace(tiny_model, spec=replace(tiny_model.spec, path="client/model"))
+    settings = settings_of(model, Recipe(), prompt="red apple", size=(64, 64))
+    assert settings.model_path == str(tmp_path / "client" / "model")
+    assert public(settings).model_path == "model"

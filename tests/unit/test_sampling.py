@@ -42,7 +42,7 @@ def test_as_many_are_drawn_at_once_as_fit(tiny_model: Model, monkeypatch: pytest
     parts = load_frozen(tiny_model, PrecisionSpec(base="fp8"), CPU), tiny_model.load_vae(CPU), CPU
     one = needed_bytes(*parts, 256, 256, 32)
     monkeypatch.setattr(memory, "free_bytes", lambda _device: int(3.5 * one))
-    size = {"text_tokens": 32, "height_px": 256, "width_px": 256}
+    size = {"other_tokens": 32, "height_px": 256, "width_px": 256}
     assert most_at_once(*parts, **size) == 3
     monkeypatch.setattr(memory, "free_bytes", lambda _device: one - 1)
     with pytest.raises(UserError, match="256 x 256 px needs about") as told:
