@@ -7,6 +7,7 @@ holds it against a measurement.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,24 +20,11 @@ from flux2_lora.inference.pictures import SMALL_TILE_PX, coding_bytes
 _NUMBERS_A_TOKEN = 32
 
 
-def most_at_once(
-    transformer: nn.Module,
-    vae: nn.Module,
-    device: torch.device,
-    *,
-    height_px: int,
-    width_px: int,
-    other_tokens: int,
-    tile_px: int | None = None,
-) -> int:
+def most_at_once(needed: Callable[[int, int], int], device: torch.device, height_px: int, width_px: int) -> int:
     """How many pictures of a size can be drawn in one batch; UserError, with the largest square, where none can.
 
-    other_tokens: of text and references. tile_px: what the transformer sees at once, where that is not all of it.
+    needed: (height, width) in px -> bytes of one.
     """
-
-    def needed(height: int, width: int) -> int:
-        return needed_bytes(transformer, vae, device, height, width, other_tokens, tile_px)
-
     free = free_bytes(device)
     if needed(height_px, width_px) <= free:
         return free // needed(height_px, width_px)
@@ -56,10 +44,14 @@ def needed_bytes(
     device: torch.device,
     height_px: int,
     width_px: int,
+    *,
     other_tokens: int,
     tile_px: int | None = None,
 ) -> int:
-    """The larger of what a step and what the autoencoder holds; they do not run together."""
+    """The larger of what a step and what the autoencoder holds; they do not run together.
+
+    other_tokens: of text and references. tile_px: what the transformer sees at once, where that is not all of it.
+    """
     config: Any = transformer.config
     hidden = config.num_attention_heads * config.attention_head_dim
     seen = min(height_px, tile_px or height_px) * min(width_px, tile_px or width_px)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -27,7 +28,7 @@ from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError
 from flux2_lora.families import Model, ModelFamily, ModelSpec, open_model
 from flux2_lora.inference.edit import Border, around, border_for, extend, inpaint, padded, soften
-from flux2_lora.inference.memory import most_at_once
+from flux2_lora.inference.memory import most_at_once, needed_bytes
 from flux2_lora.inference.pictures import decoded, encoded, fit, mask_of
 from flux2_lora.inference.sampling import Prompted, Recipe, generate, initial_noise, split_to_fit, start_and_noise
 from flux2_lora.lora_files import read_loras
@@ -270,15 +271,10 @@ class Pipeline:
         self, height_px: int, width_px: int, *, tile_px: int | None = None, references: Sequence[Tensor] = ()
     ) -> int:
         text = max(text.embeds.shape[1] for text in self._texts.values())
-        return most_at_once(
-            self.transformer,
-            self.vae,
-            self.device,
-            height_px=height_px,
-            width_px=width_px,
-            other_tokens=text + sum(reference[0, 0].numel() for reference in references),
-            tile_px=tile_px,
-        )
+        others = text + sum(reference[0, 0].numel() for reference in references)
+        parts = self.transformer, self.vae, self.device
+        needed = partial(needed_bytes, *parts, other_tokens=others, tile_px=tile_px)
+        return most_at_once(needed, self.device, height_px, width_px)
 
     def _recipe(self, changes: Mapping[str, Any], strength: float) -> Recipe:
         if not 0 <= strength <= 1:

@@ -135,7 +135,7 @@ def test_heun_draws_another_picture_of_the_same(pipeline: Pipeline) -> None:
 
 
 def test_more_memory_is_estimated_than_a_step_takes_and_not_ten_times_more(pipeline: Pipeline) -> None:
-    needed = needed_bytes(pipeline.transformer, pipeline.vae, pipeline.device, 1024, 1024, 64)
+    needed = needed_bytes(pipeline.transformer, pipeline.vae, pipeline.device, 1024, 1024, other_tokens=64)
     whole = needed + coding_bytes(pipeline.vae, 1024 * 1024)  # memory is not short here, so tiles are large
     before = largest_resident()
     pipeline.generate("red apple", height=1024, width=1024, steps=1, cfg_scale=1.0)

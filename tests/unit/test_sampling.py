@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -40,12 +41,12 @@ def test_one_that_does_not_fit_is_said() -> None:
 
 def test_as_many_are_drawn_at_once_as_fit(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = load_frozen(tiny_model, PrecisionSpec(base="fp8"), CPU), tiny_model.load_vae(CPU), CPU
-    one = needed_bytes(*parts, 256, 256, 32)
+    needed = partial(needed_bytes, *parts, other_tokens=32)
+    one = needed(256, 256)
     monkeypatch.setattr(memory, "free_bytes", lambda _device: int(3.5 * one))
-    size = {"other_tokens": 32, "height_px": 256, "width_px": 256}
-    assert most_at_once(*parts, **size) == 3
+    assert most_at_once(needed, CPU, 256, 256) == 3
     monkeypatch.setattr(memory, "free_bytes", lambda _device: one - 1)
     with pytest.raises(UserError, match="256 x 256 px needs about") as told:
-        most_at_once(*parts, **size)
+        most_at_once(needed, CPU, 256, 256)
     fits = int(str(told.value).split("hint: ")[1].split(" x ")[0])
-    assert needed_bytes(*parts, fits, fits, 32) < one <= needed_bytes(*parts, fits + 16, fits + 16, 32)
+    assert needed(fits, fits) < one <= needed(fits + 16, fits + 16)
