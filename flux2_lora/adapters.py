@@ -84,11 +84,14 @@ class Lora:
     """What a LoRA file does to a model: Diffusers module -> its update.
 
     naming: whose names the file has; total: Linears that it updates, of which `modules` may be a part (block ranges).
+    header: the metadata of the file.
     """
 
     modules: dict[str, LoraWeights]
     naming: str
     total: int
+    architecture: str
+    header: Mapping[str, str] = field(default_factory=dict)
     family: str | None = None
     trigger_word: str | None = None
 

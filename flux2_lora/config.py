@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flux2_lora.bundled import share
 from flux2_lora.errors import RunError, UserError, did_you_mean, listed
 from flux2_lora.files import write_text
-from flux2_lora.options import check
+from flux2_lora.options import check, quoted
 
 if TYPE_CHECKING:
     from flux2_lora.sweeps import SweptRun
@@ -64,11 +64,15 @@ OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
 
 
 def program(
-    name: str, *, after_sweep: Callable[[list[SweptRun], Path], None] | None = None
+    name: str,
+    *,
+    after_sweep: Callable[[list[SweptRun], Path], None] | None = None,
+    before: Callable[[Sequence[str]], list[str]] | None = None,
 ) -> Callable[[Callable[[Spec], None]], Callable[[], None]]:
     """Turn `def run(config: SomeSpec) -> None` into a main() that reads configs/<name>.yaml and the command line.
 
-    after_sweep is called once all runs of a sweep have ended, with the folder that is the sweep's own.
+    after_sweep is called once all runs of a sweep have ended, with the folder that is the sweep's own; before, with the
+    arguments, for those that it makes of them.
     """
 
     def wrap(run: Callable[[Spec], None]) -> Callable[[], None]:
@@ -80,6 +84,8 @@ def program(
         @functools.wraps(run)  # a job of a sweep in another process finds `run` through it
         def main() -> None:
             _given[:] = sys.argv[1:]
+            if before is not None:
+                _exit_on_user_error(lambda: sys.argv.__setitem__(slice(1, None), before(sys.argv[1:])))
             flags = [argument.split("=")[0] for argument in sys.argv[1:] if argument.startswith("-")]
             if flags and set(flags) <= set(SWEEP_FLAGS):
                 from flux2_lora.sweeps import sweep  # needs this module
@@ -311,17 +317,6 @@ def _literal_value(value: str, kind: Any) -> str:
     if value.startswith("[") and value.endswith("]"):
         return f"[{','.join(quoted(item) for item in _items(value[1:-1]))}]"
     return value if "," in value else quoted(value)
-
-
-def quoted(text: str) -> str:
-    if text.startswith("${") or re.fullmatch(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", text):
-        return text
-    return "'" + re.sub(r"(\\*)('|$)", _escaped, text) + "'"
-
-
-def _escaped(found: re.Match[str]) -> str:
-    """Backslashes before a quote or the end are doubled, others stay as they are: so Hydra reads them."""
-    return 2 * found[1] + ("\\'" if found[2] else "")
 
 
 def _items(inside: str) -> list[str]:

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 from safetensors.torch import save
@@ -94,6 +94,14 @@ def _ordered(raw: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + raw[8 + size :]
+
+
+def without_folders(path: str) -> str:
+    """The last part of an absolute path, or of one from a home folder; others as they are."""
+    for kind in (PurePosixPath(path), PureWindowsPath(path)):
+        if kind.is_absolute() or path.startswith("~"):
+            return kind.name
+    return path
 
 
 def digest(*parts: bytes | str) -> str:

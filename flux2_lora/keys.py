@@ -137,6 +137,11 @@ def bfl_of(architecture: str, module: str) -> Place:
     return replace(place, module=place.module.replace("*", number))
 
 
+def rows_of(place: Place, height: int) -> slice:
+    """The rows of a BFL weight of that height which belong to the module at `place`."""
+    return slice(height * place.start // place.parts, height * place.stop // place.parts)
+
+
 def members_of(architecture: str, module: str) -> tuple[str, ...]:
     """The Diffusers modules that a BFL module holds, in the order of their rows; KeyError for an unknown name."""
     starred, number = _starred(module)

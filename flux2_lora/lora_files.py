@@ -32,7 +32,8 @@ from torch import Tensor
 from flux2_lora.adapters import Lora, LoraWeights, find_adapter
 from flux2_lora.errors import UserError, listed
 from flux2_lora.families import Model
-from flux2_lora.keys import ARCHITECTURES, Place, bfl_of, members_of
+from flux2_lora.keys import ARCHITECTURES, Place, bfl_of, members_of, rows_of
+from flux2_lora.lora_origin import OTHER_MODEL, TITLES, refuse_other_shapes, told_architecture
 from flux2_lora.targets import numbers_of
 
 OUR_NAMES = "our own"
@@ -55,17 +56,7 @@ _OTHER_KINDS = {
     "LoRA with biases": r"\.lora_(B|up)\.bias$",
 }
 _OUR_HEADER = {"family", "targets", "rank", "alpha"}
-_TITLES = {"flux1": "FLUX.1", "flux2": "FLUX.2"}
-# Outputs over inputs of BFL weights whose names are the same in both architectures.
-_PROPORTIONS: Mapping[str, Mapping[str, float]] = {
-    ".linear1": {"flux1": 7, "flux2": 9},
-    ".linear2": {"flux1": 1 / 5, "flux2": 1 / 4},
-    "_mlp.0": {"flux1": 4, "flux2": 6},
-    "_mlp.2": {"flux1": 1 / 4, "flux2": 1 / 3},
-}
 _FETCH = "the file is damaged or was converted wrongly; fetch it from its first source"
-_OTHER_MODEL = "use it with the model that it was trained on; choose that with model=..."
-_OTHER_SIZE = f"{_OTHER_MODEL} (FLUX.1 and klein 4B are 3072 wide, klein 9B 4096, FLUX.2 dev 6144)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,20 +117,56 @@ def read_lora(place: str, model: Model) -> Lora:
     """Read a LoRA under anyone's names; UserError with the cause where it is not wholly one of this model."""
     path, architecture = find_adapter(place), model.family.architecture
     tensors, header = _read(path)
-    ours = header.keys() >= _OUR_HEADER
-    if ours and header["family"] != model.family.name:
+    if header.keys() >= _OUR_HEADER and header["family"] != model.family.name:
         raise UserError(
             f"{place} is an adapter of the family {header['family']}, the model is of {model.family.name}",
             f"choose a model of the family {header['family']} with model=...",
         )
+    parts, weights = _named(place, tensors, architecture)
+    pairs = _pairs_of(place, path, header, parts, weights)
+    refuse_other_shapes(place, {weights[name].weight: pair for name, pair in pairs.items()}, model)
+    return _lora(place, header, pairs, weights, architecture)
+
+
+def read_any(place: str) -> Lora:
+    """Read a LoRA of whatever model; UserError with the cause where it is none, or where that cannot be told.
+
+    Rows of a fused weight are cut in the proportions that the architecture has.
+    """
+    path = find_adapter(place)
+    tensors, header = _read(path)
+    refusals = {}
+    for architecture in told_architecture(place, tensors, header):
+        try:
+            parts, weights = _named(place, tensors, architecture)
+        except UserError as error:
+            refusals[architecture] = error
+            continue
+        return _lora(place, header, _pairs_of(place, path, header, parts, weights), weights, architecture)
+    raise refusals.popitem()[1]
+
+
+def _named(
+    place: str, tensors: Mapping[str, Tensor], architecture: str
+) -> tuple[dict[str, _Parts], dict[str, _Weight]]:
+    """Name as the file spells it -> its tensors, and what it stands for in the architecture."""
     _refuse_other_kinds(place, list(tensors))
     parts = _parts_of(place, tensors)
-    weights = _weights_of(place, list(parts), architecture)
-    pairs = _pairs_of(place, path, header, parts, weights)
-    _refuse_other_shapes(place, pairs, weights, model)
+    return parts, _weights_of(place, list(parts), architecture)
+
+
+def _lora(
+    place: str,
+    header: Mapping[str, str],
+    pairs: Mapping[str, LoraWeights],
+    weights: Mapping[str, _Weight],
+    architecture: str,
+) -> Lora:
+    """All that was read, cut into Linears."""
+    ours = header.keys() >= _OUR_HEADER
     modules: dict[str, LoraWeights] = {}
     for name, weight in weights.items():
-        cut = _cut(pairs[name], weight, model)
+        cut = _cut(place, pairs[name], weight, architecture)
         _refuse(place, "says more than once what it does to", sorted(cut.keys() & modules.keys()))
         modules |= cut
     if not modules:
@@ -148,8 +175,10 @@ def read_lora(place: str, model: Model) -> Lora:
         modules=modules,
         naming=OUR_NAMES if ours else " and ".join(sorted({weight.naming for weight in weights.values()})),
         total=len(modules),
+        architecture=architecture,
         family=header["family"] if ours else None,
         trigger_word=header.get("trigger_word") or header.get("modelspec.trigger_phrase") or None,
+        header=header,
     )
 
 
@@ -203,16 +232,16 @@ def _weights_of(place: str, names: Sequence[str], architecture: str) -> dict[str
     weights = {name: _located(name, architecture) for name in names}
     known = {name: weight for name, weight in weights.items() if weight is not None}
     unknown = [name for name in names if name not in known]
-    title = _TITLES[architecture]
+    title = TITLES[architecture]
     if any(_UNET.fullmatch(name) for name in unknown):
-        raise UserError(f"{place} is a LoRA of a UNet (SDXL or SD 1.5), the model is {title}", _OTHER_MODEL)
+        raise UserError(f"{place} is a LoRA of a UNet (SDXL or SD 1.5), the model is {title}", OTHER_MODEL)
     for other in ARCHITECTURES.keys() - {architecture}:
         if any(_located(name, other) for name in unknown):
-            raise UserError(f"{place} is a LoRA of {_TITLES[other]}, the model is {title}", _OTHER_MODEL)
+            raise UserError(f"{place} is a LoRA of {TITLES[other]}, the model is {title}", OTHER_MODEL)
     texts = [name for name in unknown if _TEXT.fullmatch(name)]
     _refuse(place, "changes text encoders too:", texts, "give a LoRA of the transformer alone")
     _refuse(
-        place, f"holds names that no {title} transformer has, {len(unknown)} of {len(names)}:", unknown, _OTHER_MODEL
+        place, f"holds names that no {title} transformer has, {len(unknown)} of {len(names)}:", unknown, OTHER_MODEL
     )
     return known
 
@@ -309,48 +338,19 @@ def _refuse_other_kinds(place: str, keys: Sequence[str]) -> None:
         )
 
 
-def _refuse_other_shapes(
-    place: str, pairs: Mapping[str, LoraWeights], weights: Mapping[str, _Weight], model: Model
-) -> None:
-    """UserError for pairs that do not fit the model's Linears, or have none: another architecture, size or depth."""
-    there = {name: weight for name, weight in weights.items() if all(_shape(m, model) for m in weight.members)}
-    wrong = []
-    for name, weight in there.items():
-        heights, widths = zip(*(_shape(member, model) for member in weight.members), strict=True)
-        height, width = len(pairs[name].up), pairs[name].down.shape[1]
-        if (height, width) != (sum(heights), widths[0]):
-            _refuse_other_proportions(place, weight.weight, height / width, model.family.architecture)
-            wrong.append(f"{weight.weight} [{height} {width}] for [{sum(heights)} {widths[0]}]")
-    size = f"is a LoRA of a model of another size, {len(wrong)} of {len(weights)} modules differ in shape:"
-    _refuse(place, size, wrong, _OTHER_SIZE)
-    lost = [weight.weight for name, weight in weights.items() if name not in there]
-    _refuse(place, f"changes modules that this model does not have, {len(lost)} of {len(weights)}:", lost, _OTHER_SIZE)
-
-
-def _refuse_other_proportions(place: str, weight: str, proportion: float, architecture: str) -> None:
-    """UserError where a weight of the wrong shape has the proportions of another architecture."""
-    for ending, proportions in _PROPORTIONS.items():
-        for other, its in proportions.items():
-            if weight.endswith(ending) and other != architecture and math.isclose(proportion, its):
-                raise UserError(
-                    f"{place} is a LoRA of {_TITLES[other]}, the model is {_TITLES[architecture]}", _OTHER_MODEL
-                )
-
-
-def _shape(module: str, model: Model) -> tuple[int, ...]:
-    """[out in] of a Linear of the model; empty where there is none."""
-    return model.weights.shapes.get(f"{module}.weight", ())
-
-
-def _cut(pair: LoraWeights, weight: _Weight, model: Model) -> dict[str, LoraWeights]:
+def _cut(place: str, pair: LoraWeights, weight: _Weight, architecture: str) -> dict[str, LoraWeights]:
     """Linear -> its part of a weight's update; a Linear whose rows of B are all zero has none."""
     if weight.members == (weight.weight,):
         return {weight.weight: pair}
-    ups = pair.up.split([_shape(member, model)[0] for member in weight.members])
+    height = len(pair.up)
+    shares = {member: bfl_of(architecture, member) for member in weight.members}
+    odd = [f"{weight.weight} [{height} ...]"] if any(height % share.parts for share in shares.values()) else []
+    _refuse(place, "holds weights whose rows cannot be shared out:", odd)
     parts = {}
-    for member, up in zip(weight.members, ups, strict=True):
-        rows = torch.cat(up.chunk(2)[::-1]) if bfl_of(model.family.architecture, member).swapped else up
-        used = rows.any(dim=0) if len(ups) > 1 else torch.ones(rows.shape[1], dtype=torch.bool)
+    for member, share in shares.items():
+        rows = pair.up[rows_of(share, height)]
+        rows = torch.cat(rows.chunk(2)[::-1]) if share.swapped else rows
+        used = rows.any(dim=0) if len(shares) > 1 else torch.ones(rows.shape[1], dtype=torch.bool)
         if used.any():
             parts[member] = replace(pair, down=pair.down[used], up=rows[:, used])
     return parts

@@ -6,6 +6,7 @@ Specs stay plain dataclasses; `check` walks a built one and words the first valu
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -69,3 +70,15 @@ def from_mapping(schema: type[Spec], values: Mapping[str, Any]) -> Spec:
             nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
             given[field.name] = from_mapping(kind, value) if nested else value
     return schema(**given)
+
+
+def quoted(text: str) -> str:
+    """A text in quotes of Hydra's grammar; one that is quoted, or an interpolation, as it is."""
+    if text.startswith("${") or re.fullmatch(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", text):
+        return text
+    return "'" + re.sub(r"(\\*)('|$)", _escaped, text) + "'"
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """Backslashes before a quote or the end are doubled, others stay as they are: so Hydra reads them."""
+    return 2 * found[1] + ("\\'" if found[2] else "")

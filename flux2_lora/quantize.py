@@ -80,6 +80,12 @@ _REBUILD: dict[str, Callable[[Tensor, Tensor, torch.dtype, tuple[int, int]], Ten
 }
 
 
+def rounded_to(kind: str, weight: Tensor) -> Tensor:
+    """W [out in] as it comes back from fp8, int8 or nf4; float32."""
+    values, scale = _quantized(Stored(values=weight), kind, weight.device)
+    return _REBUILD[kind](values, scale, torch.float32, (weight.shape[0], weight.shape[1]))
+
+
 class _FrozenMatmul(torch.autograd.Function):
     """x W^T + b with a gradient for x only; saves the byte form of W, not W."""
 

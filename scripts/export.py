@@ -1,78 +1,98 @@
-"""Turn a run's adapter into one file that ComfyUI, Forge Neo, InvokeAI and Diffusers load, and prove it.
+"""Turn an adapter into files that ComfyUI, Forge, Forge Neo, InvokeAI and Diffusers load, and prove it.
 
-    flux2-lora export adapter=outputs/mine
+    flux2-lora export adapter=outputs/mine                               the one file that all of them read
+    flux2-lora export adapter=outputs/mine formats=[comfyui,diffusers]   a client's own naming
+    flux2-lora export adapter=style.safetensors output=converted.safetensors   any LoRA of a known naming
+    flux2-lora export adapter=outputs/mine rank=4 dtype=bf16             smaller, with the error it costs
+    flux2-lora export adapter=outputs/mine hosts=[fp8,nf4]               what is left of it in quantised models
 
-The file is read back, every key is mapped as each client maps it, and the update of every weight is rebuilt and
-compared with (alpha / rank) B A. A file that does not match is not left behind.
+Every file is read back, each key is mapped as each client maps it, and the update of every weight is rebuilt and
+compared with scale * B A. A file that does not match is not left behind; the table is stored as <name>.proof.json.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from rich.table import Table
 
-from flux2_lora.adapters import find_adapter, read_adapters
 from flux2_lora.config import program
 from flux2_lora.errors import UserError, did_you_mean
-from flux2_lora.export import export_universal, header, table
-from flux2_lora.families import ModelSpec, load_family
+from flux2_lora.export import table
+from flux2_lora.export.resize import resized
+from flux2_lora.export.survival import HOSTS, Survival, advice, survival
+from flux2_lora.families import ModelSpec, open_model
+from flux2_lora.lora_origin import refuse_other_model
 from flux2_lora.options import option
+from flux2_lora.publish.release import DTYPES, Source, refuse_unknown_formats, release, source_of, with_modules
 from flux2_lora.training.progress import console
-
-FORMATS = ("universal",)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """configs/export.yaml. adapter: run, checkpoint or file; output: null puts the file into the run's export/."""
+    """configs/export.yaml. adapter: run, checkpoint or file; output: null puts files into the run's export/.
+
+    rank: of a smaller file, null for the adapter's own. privacy: strict leaves out captions, folder names and the
+    cover. hosts: quantised models in which to measure what is left of the update; they need the base, see model.
+    """
 
     model: ModelSpec
     adapter: str
     formats: list[str] = field(default_factory=lambda: ["universal"])
     dtype: str = option("fp32", one_of=tuple(DTYPES))
+    rank: int | None = option(None, at_least=1)
+    privacy: str = option("open", one_of=("open", "strict"))
+    hosts: list[str] = field(default_factory=list)
     output: str | None = None
 
 
 @program("export")
 def main(config: ExportConfig) -> None:
-    for name in config.formats:
-        if name not in FORMATS:
-            raise UserError(f"formats names {name!r}, which is no export format", did_you_mean(name, FORMATS))
-    source, family = find_adapter(config.adapter), load_family(config.model.family)
-    adapter = read_adapters([config.adapter], family.name)[config.adapter]
+    refuse_unknown_formats(config.formats)
+    for host in config.hosts:
+        if host not in HOSTS:
+            raise UserError(f"hosts names {host!r}, which is no way to store a model", did_you_mean(host, list(HOSTS)))
+    source = source_of(config.adapter)
+    console.print(f"adapter   {config.adapter}: {source.lora.summary}")
+    if config.hosts:
+        refuse_other_model(config.adapter, source.lora, open_model(config.model))
+    if config.rank is not None:
+        smaller, error = resized(source.lora.modules, config.rank)
+        source = with_modules(source, smaller)
+        console.print(f"rank      {config.rank}: {error:.2%} of the update is lost")
     path = Path(config.output).expanduser() if config.output else beside(source)
-    proofs = export_universal(
-        adapter.state,
-        adapter.rank,
-        adapter.alpha,
-        path,
-        architecture=family.architecture,
-        dtype=DTYPES[config.dtype],
-        header=header(
-            title=path.stem,
-            model=config.model.architecture_name,
-            base=config.model.title,
-            architecture=family.architecture,
-            rank=adapter.rank,
-            date=time.strftime("%Y-%m-%dT%H:%M:%S"),
-            resolution=(config.model.resolution, config.model.resolution),
-            trigger_phrase=adapter.trigger_word,
-        ),
-    )
-    console.print(table(proofs))
-    console.print(f"export    {path}")
+    for released in release(
+        source, path, formats=config.formats, dtype=DTYPES[config.dtype], strict=config.privacy == "strict"
+    ):
+        if released.proofs:
+            console.print(table(released.proofs))
+        console.print(f"export    {released.path}")
+    if config.hosts:
+        found = survival(open_model(config.model).weights, source.lora.modules, config.hosts)
+        console.print(survival_table(found))
+        for line in advice(found):
+            console.print(line)
 
 
-def beside(source: Path) -> Path:
+def beside(source: Source) -> Path:
     """outputs/<name>/export/<name>.safetensors for an adapter inside a run, else <stem>-universal beside the file."""
-    for folder in source.parents:
-        if (folder / "checkpoints").is_dir():
-            return folder / "export" / f"{folder.resolve().name}.safetensors"
-    return source.with_name(f"{source.stem}-universal.safetensors")
+    if source.run is not None:
+        return source.run / "export" / f"{source.run.name}.safetensors"
+    return source.path.with_name(f"{source.path.stem}-universal.safetensors")
+
+
+def survival_table(found: list[Survival]) -> Table:
+    """One row a block, two columns a host."""
+    hosts = list(dict.fromkeys(one.host for one in found))
+    shown = Table(title="what is left where the LoRA is merged: kept / noise", title_justify="left")
+    shown.add_column("block")
+    for host in hosts:
+        shown.add_column(host, justify="right")
+    for block in dict.fromkeys(one.block for one in found):
+        cells = [next(one for one in found if (one.host, one.block) == (host, block)) for host in hosts]
+        shown.add_row(block, *(f"{one.kept:.2f} / {one.noise:.2f}" for one in cells))
+    return shown
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     flux2-lora train                                                     the embedded demo
     flux2-lora train dataset.folder=~/pictures/mine dataset.trigger_word=mystyle name=mine
     torchrun --nproc-per-node 2 -m flux2_lora train ...                  two GPUs
+    flux2-lora train from=outputs/mine/export/mine.safetensors           the run that made a file, once more
     flux2-lora train --multirun adapter.rank=8,16 seed=0,1               four runs and a sheet that compares them
 
 A flow model predicts the velocity that leads from a picture to noise. The run freezes such a model in FP8, puts a small
@@ -26,16 +27,16 @@ from typing import Any
 
 import torch
 
-from flux2_lora.adapters import Adapter, AdapterSpec, attach, trainable
+from flux2_lora.adapters import Adapter, AdapterSpec, Lora, attach, trainable
 from flux2_lora.buckets import batches_between
 from flux2_lora.caches import CacheSpec
 from flux2_lora.config import arguments, changed_options, program, read_resolved, save_resolved
-from flux2_lora.dataset import DatasetSpec, Record, preview_prompts, scan, trigger_words
+from flux2_lora.dataset import DatasetSpec, Record, Scan, preview_prompts, scan, trigger_words
 from flux2_lora.dataset.seen import Memory
 from flux2_lora.dataset.spec import bundled_folder
 from flux2_lora.devices import keep_free_memory, pick_device
 from flux2_lora.errors import RunError, UserError, listed
-from flux2_lora.export import export_universal, header, table
+from flux2_lora.export import modules_of, table
 from flux2_lora.families import Model, ModelFamily, ModelSpec, load_family, open_model
 from flux2_lora.flow import LossSpec, TimestepSpec
 from flux2_lora.inference.comparison import compare
@@ -45,8 +46,13 @@ from flux2_lora.inference.request import settings_of
 from flux2_lora.inference.run_page import write_report
 from flux2_lora.inference.sampling import Recipe
 from flux2_lora.inference.watch import Watch, due, open_watch
+from flux2_lora.lora_files import OUR_NAMES
 from flux2_lora.networks.features import Features, load_features
 from flux2_lora.options import option
+from flux2_lora.publish.learned import differences, learned_from, save_learned
+from flux2_lora.publish.release import Source, release
+from flux2_lora.publish.reproduce import from_card
+from flux2_lora.publish.run_card import read_card
 from flux2_lora.quantize import PrecisionSpec, load_frozen, stored_bytes
 from flux2_lora.targets import numbers_of, parse_ranked, resolve
 from flux2_lora.training.averaging import Ema
@@ -100,6 +106,7 @@ MAY_CHANGE = (
     "validation.patience",
     "checks",
     "resume",
+    "from",
     "allow_change",
     "device",
     "processes",
@@ -114,7 +121,10 @@ MOST_FAILURES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """All options of a run; configs/train.yaml has the defaults and each group its own page there."""
+    """All options of a run; configs/train.yaml has the defaults and each group its own page there.
+
+    from: a file that this program exported, whose run is made again.
+    """
 
     model: ModelSpec
     dataset: DatasetSpec
@@ -141,11 +151,12 @@ class TrainConfig:
     keep_best: bool = True
     checks: bool = True
     resume: str = "auto"
+    from_: str | None = None
     allow_change: bool = False
     loader_workers: int = option(0, at_least=0)
 
 
-@program("train", after_sweep=compare)
+@program("train", after_sweep=compare, before=from_card)
 def train(config: TrainConfig) -> None:
     processes = open_processes(pick_device(config.device), config.processes)
     console.quiet = not processes.first
@@ -200,11 +211,12 @@ def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Dat
         refuse_what_would_do_nothing(config, model, found.training)
         pictures = f"{len(found.training)} pictures, {len(found.validation)} held out"
         console.print(f"{config.name}: {pictures}, on {processes.words}")
-        for line in found.report(skipped):
+        for line in [*found.report(skipped), *other_data(config, found)]:
             console.print(line)
         if processes.first:
             memory.save()
             save_resolved(config, run / "run.yaml")
+            save_learned(run, learned_from(found.training, found.validation))
             if config.resume == "never":
                 delete_all(run)
             set_aside(run, checkpoint.step if checkpoint else 0)
@@ -367,27 +379,18 @@ def take_step(
 
 
 def export(config: TrainConfig, run: Path, data: Data, state: TrainState) -> None:
-    """One file for ComfyUI, Forge and Diffusers, re-read and proven; then what was learned and what comes next."""
-    adapter = adapter_of(config, data, state)
-    proofs = export_universal(
-        adapter.state,
-        adapter.rank,
-        adapter.alpha,
-        exported(config, run),
+    """One file for all clients, re-read and proven; then what was learned and what comes next."""
+    modules = modules_of(state.adapter(), config.adapter.rank, config.adapter.scale * config.adapter.rank)
+    lora = Lora(
+        modules=modules,
+        naming=OUR_NAMES,
+        total=len(modules),
         architecture=data.model.family.architecture,
-        dtype=torch.float32,
-        header=header(
-            title=config.name,
-            model=config.model.architecture_name,
-            base=config.model.title,
-            architecture=data.model.family.architecture,
-            rank=adapter.rank,
-            date=time.strftime("%Y-%m-%dT%H:%M:%S"),
-            resolution=(max(config.dataset.resolution),) * 2,
-            trigger_phrase=adapter.trigger_word,
-        ),
+        family=data.model.family.name,
+        trigger_word=trigger_words(data.records),
     )
-    console.print(table(proofs))
+    [released] = release(Source(lora=lora, path=run, run=run, step=state.step), exported(config, run))
+    console.print(table(released.proofs))
     tell(config, run)
     console.print(f"report    {write_report(run)}")
 
@@ -477,6 +480,15 @@ def refuse_what_would_do_nothing(config: TrainConfig, model: Model, records: Seq
         raise UserError(
             "loss.preserve needs a trigger word, to put loss.preserve_class in its place", "set dataset.trigger_word"
         )
+
+
+def other_data(config: TrainConfig, found: Scan) -> list[str]:
+    """How the pictures differ from those of the run that is made again (from=...)."""
+    learned = read_card(Path(config.from_).expanduser()).learned if config.from_ else None
+    if learned is None:
+        return []
+    changed = differences(learned, found.training, found.validation)
+    return [f"data      {line}" for line in changed or ["pictures and captions are those of the run made again"]]
 
 
 def draws_of(config: TrainConfig, family: ModelFamily) -> Draws:

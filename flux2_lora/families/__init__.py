@@ -44,6 +44,7 @@ class ModelSpec:
     a path that holds the transformer alone. title: as file managers show it; architecture_name: as ModelSpec headers
     spell it. max_sequence_length: tokens of a prompt, null for the family's own. distilled: made for few steps, to be
     sampled and not trained; train_distilled trains it all the same. base_prompts: what it draws in styles of its own.
+    licence: as the hub spells it.
     """
 
     family: str
@@ -56,6 +57,7 @@ class ModelSpec:
     cfg_scale: float = 1.0
     guidance: float | None = None
     max_sequence_length: int | None = option(None, at_least=1, at_most=512)
+    licence: str | None = None
     distilled: bool = False
     train_distilled: bool = False
     base_prompts: list[str] = field(

@@ -9,11 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from flux2_lora.adapters import WEIGHTS, Lora, find_adapter, read_adapter
+from flux2_lora.adapters import WEIGHTS, Lora, find_adapter
 from flux2_lora.errors import UserError
-from flux2_lora.export import export_universal
+from flux2_lora.export import export_lora
 from flux2_lora.families import Model
 from flux2_lora.inference.sampling import Recipe
 from flux2_lora.inference.settings import TEXT_TO_IMAGE, Settings
@@ -73,17 +71,10 @@ def portable(places: Sequence[str], loras: Mapping[str, Lora], model: Model, fol
         exported = run / "export" / f"{run.name}.safetensors"
         current = exported.is_file() and exported.stat().st_mtime >= source.stat().st_mtime
         if lora.naming == OUR_NAMES and not current:
-            adapter, name = read_adapter(source), f"{number}-{name_of(place).replace(' ', '-')}"
+            name = f"{number}-{name_of(place).replace(' ', '-')}"
             exported = folder.resolve() / "adapters" / f"{name}.safetensors"
-            export_universal(
-                adapter.state,
-                adapter.rank,
-                adapter.alpha,
-                exported,
-                architecture=model.family.architecture,
-                dtype=torch.float32,
-                header={"modelspec.title": name},
-            )
+            told = {"modelspec.title": name}
+            export_lora(lora.modules, exported, architecture=model.family.architecture, header=told)
         files.append(str(exported if lora.naming == OUR_NAMES else source.resolve()))
     return files
 

@@ -10,10 +10,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from flux2_lora import __version__
+from flux2_lora.files import without_folders
 
 TEXT_TO_IMAGE = "text to image"
 MODES = (TEXT_TO_IMAGE, "image to image", "inpaint", "outpaint", "upscale")
@@ -84,14 +85,6 @@ def public(settings: Settings) -> Settings:
         components=without_folders(settings.components) if settings.components else None,
         adapters=tuple((without_folders(file), strength) for file, strength in settings.adapters),
     )
-
-
-def without_folders(path: str) -> str:
-    """The last part of an absolute path, or of one from a home folder; others as they are."""
-    for kind in (PurePosixPath(path), PureWindowsPath(path)):
-        if kind.is_absolute() or path.startswith("~"):
-            return kind.name
-    return path
 
 
 def last_part(path: str) -> str:

@@ -11,7 +11,7 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel, FluxPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flux2_lora.export import export_universal
+from flux2_lora.export import export_lora, modules_of
 from flux2_lora.keys import is_target
 
 RANK, ALPHA = 4, 8.0
@@ -71,7 +71,7 @@ def differences(path: Path, state: Mapping[str, Tensor]) -> dict[str, float]:
 @pytest.fixture
 def exported(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
     path, state = tmp_path / "style.safetensors", adapter(weights_of(transformer()))
-    export_universal(state, RANK, ALPHA, path, architecture="flux2", dtype=torch.float32, header={"format": "pt"})
+    export_lora(modules_of(state, RANK, ALPHA), path, architecture="flux2", header={"format": "pt"})
     return path, state
 
 
@@ -89,7 +89,7 @@ def test_every_linear_of_the_blocks_is_updated_and_no_other(exported: tuple[Path
 def test_a_missing_member_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "style.safetensors"
     state = {key: t for key, t in adapter(weights_of(transformer())).items() if ".to_q." not in key}
-    export_universal(state, RANK, ALPHA, path, architecture="flux2", dtype=torch.float32, header={"format": "pt"})
+    export_lora(modules_of(state, RANK, ALPHA), path, architecture="flux2", header={"format": "pt"})
     assert max(differences(path, state).values()) < 1e-6
 
 
@@ -127,9 +127,7 @@ def test_diffusers_reads_every_update_of_flux1(ranks: dict[str, int], absent: st
             state[f"{name}.lora_A.weight"] = 0.1 * torch.randn(rank, 5, generator=rng)
             state[f"{name}.lora_B.weight"] = 0.1 * torch.randn(height, rank, generator=rng)
     path = tmp_path / "style.safetensors"
-    proofs = export_universal(
-        state, RANK, ALPHA, path, architecture="flux1", dtype=torch.float32, header={"format": "pt"}
-    )
+    proofs = export_lora(modules_of(state, RANK, ALPHA), path, architecture="flux1", header={"format": "pt"})
     assert all(proof.matched == proof.total > 0 for proof in proofs)
     read = FluxPipeline.lora_state_dict(tmp_path, weight_name=path.name, local_files_only=True)
     found = {key.removeprefix("transformer."): tensor for key, tensor in read.items()}

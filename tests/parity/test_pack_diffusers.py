@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flux2_lora.adapters import Adapter, Lora, attach_loras, set_strengths
-from flux2_lora.export import export_universal, modules_of
+from flux2_lora.export import export_lora, modules_of
 from flux2_lora.families import Model, ModelSpec, open_model
 from flux2_lora.inference.diffusers_script import diffusers_script
 from flux2_lora.inference.pictures import decoded
@@ -110,8 +110,7 @@ def written(adapter: Adapter, path: Path) -> Path:
         scale = {"A": 1.0, "B": ALPHA / RANK}
         save_file({f"transformer.{k}": scale[k.split(".lora_")[1][0]] * v for k, v in adapter.state.items()}, path)
     else:
-        options: dict[str, Any] = {"architecture": "flux2", "dtype": torch.float32, "header": {"format": "pt"}}
-        export_universal(adapter.state, RANK, ALPHA, path, **options)
+        export_lora(modules_of(adapter.state, RANK, ALPHA), path, architecture="flux2", header={"format": "pt"})
     return path
 
 
@@ -133,7 +132,10 @@ def ours(settings: Settings, adapter: Adapter, prompts: list[str]) -> list[np.nd
     family, transformer = model.family, load_frozen(model, PrecisionSpec(base="fp32"), CPU)
     modules = modules_of(adapter.state, adapter.rank, adapter.alpha)
     strengths = [strength for _, strength in settings.active_adapters]
-    loras = {str(place): Lora(modules=modules, naming="", total=len(modules)) for place in range(len(strengths))}
+    loras = {
+        str(place): Lora(modules=modules, naming="", total=len(modules), architecture=model.family.architecture)
+        for place in range(len(strengths))
+    }
     set_strengths(transformer, dict(zip(attach_loras(transformer, loras), strengths, strict=True)))
     *positives, negative = model.load_prompt_encoder(CPU)([*prompts, settings.negative_prompt])
     pictures = []

@@ -28,7 +28,7 @@ from flux2_lora.adapters import (
 )
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.errors import UserError
-from flux2_lora.export import export_universal
+from flux2_lora.export import export_lora, modules_of
 from flux2_lora.families import Model, ModelFamily, ModelSpec, load_family
 from flux2_lora.lora_files import read_lora, read_loras
 from flux2_lora.networks.components import shapes_of
@@ -277,7 +277,7 @@ def test_our_export_comes_back_as_the_adapter(model: Model, tmp_path: Path, abse
     state = {}
     for module, (down, up) in pairs.items():
         state |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
-    export_universal(state, RANK, ALPHA, path, architecture=architecture, dtype=torch.float32, header=header)
+    export_lora(modules_of(state, RANK, ALPHA), path, architecture=architecture, header=header)
     lora = read_lora(str(path), model)
     same(lora, {module: ALPHA / RANK * up @ down for module, (down, up) in pairs.items()})
     assert {m: len(w.down) for m, w in lora.modules.items()} == {m: len(down) for m, (down, _) in pairs.items()}
@@ -301,7 +301,7 @@ def drawn_lora(model: Model, seed: int, rank: int = RANK) -> Lora:
         module: LoraWeights(down=down[:rank] + 0.01 * seed, up=up[:, :rank], scale=0.5)
         for module, (down, up) in by_linear(model).items()
     }
-    return Lora(modules=modules, naming="kohya", total=len(modules))
+    return Lora(modules=modules, naming="kohya", total=len(modules), architecture=model.family.architecture)
 
 
 def together(model: Model) -> dict[str, Lora]:
