@@ -101,6 +101,23 @@ class Lora:
         return f"{len(self.modules)} of {self.total} modules, {self.naming} names"
 
 
+def summed(loras: Sequence[Lora], weights: Sequence[float]) -> dict[str, LoraWeights]:
+    """Linear -> the weighted sum of the updates, exact: factors stand side by side, ranks add up."""
+    modules: dict[str, LoraWeights] = {}
+    for module in dict.fromkeys(module for lora in loras for module in lora.modules):
+        parts = [
+            (lora.modules[module], weight)
+            for lora, weight in zip(loras, weights, strict=True)
+            if module in lora.modules
+        ]
+        modules[module] = LoraWeights(
+            down=torch.cat([pair.down.float() for pair, _ in parts]),
+            up=torch.cat([weight * pair.scale * pair.up.float() for pair, weight in parts], dim=1),
+            scale=1.0,
+        )
+    return modules
+
+
 def attach(transformer: nn.Module, architecture: str, spec: AdapterSpec, *, seed: int, name: str = "default") -> int:
     """Wrap the targeted Linears of `transformer`; returns how many. RuntimeError when PEFT missed one.
 

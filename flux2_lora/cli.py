@@ -29,13 +29,15 @@ PROGRAMS = {
     "train": Program(file="train/lora.py", does="train an adapter: prepare, learn, validate, preview, export"),
     "prepare": Program(file="data/prepare.py", does="fill the latent and text caches of a folder of pictures"),
     "caption": Program(file="data/caption.py", does="write captions beside pictures, by a local Florence-2 or BLIP"),
-    "inspect": Program(file="data/look.py", does="dry run on a folder: buckets, captions, a contact sheet"),
+    "inspect": Program(file="data/look.py", does="dry run on a folder, or what a LoRA file is and who will load it"),
     "sample": Program(file="scripts/sample.py", does="grids of pictures from prompts, by adapters and strengths"),
     "edit": Program(file="scripts/edit.py", does="inpaint, outpaint, image to image"),
     "export": Program(
         file="scripts/export.py", does="one file for ComfyUI, Forge or Diffusers, verified after writing"
     ),
+    "merge": Program(file="scripts/merge.py", does="several adapters as one, or folded into the base"),
 }
+_INSIDE = Program(file="scripts/look_inside.py", does="what a LoRA file is, and who will load it")
 
 _HELP = """\
 usage: flux2-lora COMMAND [option=value ...]
@@ -61,12 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"flux2-lora {__version__}")
     elif command in PROGRAMS and {"-h", "--help"} & set(overrides):
         print(_explained(command))
+    elif command == "inspect" and (place := _place(overrides)) is not None:
+        _run(_INSIDE, [f"adapter={place}", *(given for given in overrides if given != place)])
     elif command in PROGRAMS:
         _run(PROGRAMS[command], overrides)
     else:
         print(UserError(f"{command} is not a command", did_you_mean(command, list(PROGRAMS))), file=sys.stderr)
         return 2
     return 0
+
+
+def _place(overrides: Sequence[str]) -> str | None:
+    """The argument that is no option: a LoRA file, a run or a checkpoint to look into."""
+    return next((given for given in overrides if "=" not in given and not given.startswith("-")), None)
 
 
 def _listing() -> str:

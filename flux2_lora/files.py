@@ -8,13 +8,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO
 
 import torch
 from safetensors.torch import save
@@ -45,11 +47,18 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 
 def _write_bytes(path: Path, content: bytes, *, durable: bool) -> None:
+    with _in_its_place(path, durable=durable) as file:
+        file.write(content)
+
+
+@contextmanager
+def _in_its_place(path: Path, *, durable: bool) -> Iterator[BinaryIO]:
+    """A file that appears under `path` when it is whole, and not at all after an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
@@ -82,6 +91,30 @@ def write_tensors(
     """A safetensors file, written as by `write_bytes`; the same tensors and metadata give the same bytes."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(path, _ordered(save(contiguous, metadata=dict(metadata or {}))), durable=durable)
+
+
+def write_in_turn(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensor: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """A safetensors file whose tensors, all of one type, are asked for one after another, so that one is in memory."""
+    name_of_type = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": name_of_type, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with room_for(path, 8 + len(text) + end), _in_its_place(path, durable=True) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            values = tensor(name).contiguous()
+            assert tuple(values.shape) == shape, name
+            file.write(values.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _ordered(raw: bytes) -> bytes:
@@ -122,6 +155,13 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
         flat = tensor.reshape(-1).view(torch.uint8)
         parts += [name, str(tuple(tensor.shape)), str(tensor.dtype), flat.numpy().tobytes()]
     return digest(*parts)
+
+
+def tensors_hash(path: Path) -> str:
+    """SHA-256 of a safetensors file behind its header, which opens with its length: by it LoRAs are found."""
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class FileDigests:

@@ -31,7 +31,9 @@ from torch import Tensor
 
 from flux2_lora.adapters import Lora, LoraWeights, find_adapter
 from flux2_lora.errors import UserError, listed
+from flux2_lora.export.header import WRITTEN_BY
 from flux2_lora.families import Model
+from flux2_lora.files import tensors_hash
 from flux2_lora.keys import ARCHITECTURES, Place, bfl_of, members_of, rows_of
 from flux2_lora.lora_origin import OTHER_MODEL, TITLES, refuse_other_shapes, told_architecture
 from flux2_lora.targets import numbers_of
@@ -116,7 +118,8 @@ def read_loras(places: Sequence[str], model: Model, blocks: Sequence[str] = ()) 
 def read_lora(place: str, model: Model) -> Lora:
     """Read a LoRA under anyone's names; UserError with the cause where it is not wholly one of this model."""
     path, architecture = find_adapter(place), model.family.architecture
-    tensors, header = _read(path)
+    tensors, header = read_tensors(path)
+    _refuse_damage(place, path, header)
     if header.keys() >= _OUR_HEADER and header["family"] != model.family.name:
         raise UserError(
             f"{place} is an adapter of the family {header['family']}, the model is of {model.family.name}",
@@ -134,7 +137,8 @@ def read_any(place: str) -> Lora:
     Rows of a fused weight are cut in the proportions that the architecture has.
     """
     path = find_adapter(place)
-    tensors, header = _read(path)
+    tensors, header = read_tensors(path)
+    _refuse_damage(place, path, header)
     refusals = {}
     for architecture in told_architecture(place, tensors, header):
         try:
@@ -196,8 +200,8 @@ def _within(lora: Lora, place: str, model: Model, blocks: Sequence[str]) -> Lora
     return replace(lora, modules=modules)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, header) of a file."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header) of a safetensors file; UserError where it is not whole."""
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
@@ -205,6 +209,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(
             f"{path} is not a whole safetensors file ({error})", "fetch it again; pickles (.pt, .bin) are never opened"
         ) from error
+
+
+def _refuse_damage(place: str, path: Path, header: Mapping[str, str]) -> None:
+    """UserError where an export of this program has not the tensors that were written; others may carry any hash."""
+    told = header.get("modelspec.hash_sha256", "").removeprefix("0x")
+    if told and WRITTEN_BY in header and told != tensors_hash(path):
+        raise UserError(f"{place} is damaged: its numbers are not those that were written", _FETCH)
 
 
 def _parts_of(place: str, tensors: Mapping[str, Tensor]) -> dict[str, _Parts]:
@@ -282,6 +293,8 @@ def _pairs_of(
     """Name -> its update, float32; UserError for missing halves, matrices that are no pair, values not finite."""
     _refuse(place, "lacks A or B of", [name for name, part in parts.items() if len(part.halves) != 2], _FETCH)
     _refuse(place, "holds A and B that are no pair of matrices:", [n for n, p in parts.items() if not _is_pair(p)])
+    whole = [n for n, p in parts.items() if not all(half.is_floating_point() for half in p.halves.values())]
+    _refuse(place, "holds whole numbers in", whole)
     alphas, pairs = _alphas(place, path, header), {}
     for name, part in parts.items():
         down, up = part.halves["down"].float(), part.halves["up"].float()

@@ -38,9 +38,10 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from flux2_lora.bundled import share
-from flux2_lora.config import SWEEP_FLAGS, composed, literal, quoted, schema_of, typed
+from flux2_lora.config import SWEEP_FLAGS, composed, literal, schema_of, typed
 from flux2_lora.errors import RunError, UserError, listed
 from flux2_lora.files import digest, write_text
+from flux2_lora.options import quoted
 
 # Exit codes of Ctrl-C and SIGTERM; and those with which submitit leaves a job to be queued again, on Slurm and locally.
 _INTERRUPTED, _REQUEUED = (130, 143), (-1, 144)

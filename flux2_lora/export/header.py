@@ -14,10 +14,14 @@ from io import BytesIO
 
 from PIL import Image
 
+from flux2_lora import __version__
 from flux2_lora.files import without_folders
 
 _REPOSITORIES = {"flux1": "flux", "flux2": "flux2"}
 _COVER_PX = 256
+RUN_CARD = "flux2_lora.run_card"
+WRITTEN_BY = "flux2_lora.version"
+"""Whose hash is that of its tensors: readers may refuse a file that was damaged since."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +77,9 @@ def header(about: About, *, rank: int) -> dict[str, str]:
         "ss_tag_frequency": json.dumps(about.tags, ensure_ascii=False) if about.tags else "",
         **(_pictured(about.cover) if about.cover else {}),
         RUN_CARD: about.run_card or "",
+        WRITTEN_BY: __version__,
     }
     return {key: value for key, value in values.items() if value}
-
-
-RUN_CARD = "flux2_lora.run_card"
 
 
 def _pictured(cover: Image.Image) -> dict[str, str]:

@@ -145,7 +145,7 @@ def _compared(reading: Reading, modules: Mapping[str, LoraWeights], dtype: torch
         matched += exact and difference <= _allowed(trained, dtype)
         worst = max(worst, difference)
     beyond = [linear for linear, found in reading.updates.items() if linear not in modules and norm(found) != 0]
-    return matched, len(modules) + len(beyond) + len(reading.unread), worst
+    return matched, max(len(modules) + len(beyond), matched + len(beyond) + len(reading.unread)), worst
 
 
 def _rounded(lora: LoraWeights, dtype: torch.dtype) -> LoraWeights:

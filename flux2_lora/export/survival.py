@@ -72,7 +72,7 @@ def survival(weights: Weights, modules: Mapping[str, LoraWeights], hosts: list[s
             noise=math.sqrt(float(total[1] / total[3])),
             unmerged_noise=math.sqrt(float(total[2] / total[3])),
         )
-        for (host, block), total in sums.items()
+        for (host, block), total in sorted(sums.items(), key=lambda entry: in_order(entry[0][1]))
     ]
 
 
@@ -82,6 +82,12 @@ def block_of(module: str) -> str:
     return f"{'single' if found[1] else 'double'} {found[2]}" if found else module
 
 
+def in_order(block: str) -> tuple[str, int]:
+    """Sorts double blocks before single ones, by number."""
+    stack, _, number = block.partition(" ")
+    return stack, int(number) if number.isdigit() else 0
+
+
 def advice(found: list[Survival]) -> list[str]:
     """One line a host, the worst block named."""
     lines = []
@@ -89,6 +95,6 @@ def advice(found: list[Survival]) -> list[str]:
         worst = max((one for one in found if one.host == host), key=lambda one: one.noise)
         said = f"{host}: merged, rounding adds noise of {worst.noise:.2f} x the update in {worst.block}"
         if worst.noise > _LOUD:
-            said += "; load the LoRA unmerged there, or merge it into bf16 weights and quantise those anew"
+            said += "; keep the LoRA unmerged there, or use a bf16 model"
         lines.append(f"{said}; unmerged {max(one.unmerged_noise for one in found if one.host == host):.4f} x")
     return lines

@@ -62,7 +62,7 @@ def export_peft(lora: Lora, path: Path, *, family: str, targets: list[str]) -> N
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:
-    """ModelSpec's hash: SHA-256 of what follows the header of the file, which opens with its length in 8 bytes."""
+    """ModelSpec's hash: SHA-256 of what follows the header of the file."""
     raw = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     return "0x" + hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
 

@@ -5,7 +5,6 @@ Law: what is made public names no folder of this machine; of an absolute path on
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,7 +13,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from flux2_lora import __version__
-from flux2_lora.files import without_folders
+from flux2_lora.files import tensors_hash, without_folders
 
 TEXT_TO_IMAGE = "text to image"
 MODES = (TEXT_TO_IMAGE, "image to image", "inpaint", "outpaint", "upscale")
@@ -146,6 +145,4 @@ def _lora_hash(file: str) -> str | None:
 
 @cache
 def _hash_behind_header(path: Path, changed_ns: int) -> str:  # noqa: ARG001 - a file that changed is read again
-    with path.open("rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return tensors_hash(path)[:12]
