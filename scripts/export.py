@@ -61,9 +61,8 @@ def main(config: ExportConfig) -> None:
         smaller, error = resized(source.lora.modules, config.rank)
         source = with_modules(source, smaller)
         console.print(f"rank      {config.rank}: {error:.2%} of the update is lost")
-    path = Path(config.output).expanduser() if config.output else beside(source)
     for released in release(
-        source, path, formats=config.formats, dtype=DTYPES[config.dtype], strict=config.privacy == "strict"
+        source, files_of(config, source), dtype=DTYPES[config.dtype], strict=config.privacy == "strict"
     ):
         if released.proofs:
             console.print(table(released.proofs))
@@ -75,11 +74,23 @@ def main(config: ExportConfig) -> None:
             console.print(line)
 
 
-def beside(source: Source) -> Path:
-    """outputs/<name>/export/<name>.safetensors for an adapter inside a run, else <stem>-universal beside the file."""
-    if source.run is not None:
-        return source.run / "export" / f"{source.run.name}.safetensors"
-    return source.path.with_name(f"{source.path.stem}-universal.safetensors")
+def files_of(config: ExportConfig, source: Source) -> dict[str, Path]:
+    """Format -> its file: `output` for one format, else <name> (universal) and <name>-<format>.
+
+    Without output, the name is outputs/<name>/export/<name> for an adapter inside a run, else that of the file.
+    """
+    if config.output and len(config.formats) == 1:
+        return {config.formats[0]: Path(config.output).expanduser()}
+    if config.output:
+        place = Path(config.output).expanduser()
+    elif source.run is not None:
+        place = source.run / "export" / f"{source.run.name}.safetensors"
+    else:
+        place = source.path
+    plain = "" if config.output or source.run is not None else "-universal"
+    return {
+        name: place.with_stem(f"{place.stem}{plain if name == 'universal' else f'-{name}'}") for name in config.formats
+    }
 
 
 def survival_table(found: list[Survival]) -> Table:

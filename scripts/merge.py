@@ -67,7 +67,7 @@ def main(config: MergeConfig) -> None:
         console.print(f"rank      {config.rank}: {error:.2%} of the update is lost")
     words = ", ".join(dict.fromkeys(lora.trigger_word for lora in loras if lora.trigger_word)) or None
     merged = replace(loras[0], modules=modules, total=len(modules), trigger_word=words, header=spoken(loras[0]))
-    [released] = release(Source(lora=merged, path=path), path, dtype=DTYPES[config.dtype])
+    [released] = release(Source(lora=merged, path=path), {"universal": path}, dtype=DTYPES[config.dtype])
     console.print(table(released.proofs))
     console.print(f"export    {released.path}")
 

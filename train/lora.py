@@ -389,7 +389,7 @@ def export(config: TrainConfig, run: Path, data: Data, state: TrainState) -> Non
         family=data.model.family.name,
         trigger_word=trigger_words(data.records),
     )
-    [released] = release(Source(lora=lora, path=run, run=run, step=state.step), exported(config, run))
+    [released] = release(Source(lora=lora, path=run, run=run, step=state.step), {"universal": exported(config, run)})
     console.print(table(released.proofs))
     tell(config, run)
     console.print(f"report    {write_report(run)}")

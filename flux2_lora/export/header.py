@@ -14,7 +14,6 @@ from io import BytesIO
 
 from PIL import Image
 
-from flux2_lora import __version__
 from flux2_lora.files import without_folders
 
 _REPOSITORIES = {"flux1": "flux", "flux2": "flux2"}
@@ -30,7 +29,8 @@ class About:
 
     title: also its name in prompts (Forge). model: "Flux.2-klein-4b"; base: "Flux.2 Klein 4B", by which managers
     filter. date: ISO 8601; resolution: (height, width) in px. tags: folder -> tag -> how many captions have it.
-    licence: of the base, as the hub spells it. run_card: what the run can be made again from, as JSON.
+    licence: of the base, as the hub spells it. run_card: what the run can be made again from, as JSON. version: of this
+    program.
     """
 
     title: str
@@ -45,6 +45,7 @@ class About:
     tags: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     cover: Image.Image | None = None
     run_card: str | None = None
+    version: str | None = None
 
 
 def header(about: About, *, rank: int) -> dict[str, str]:
@@ -77,7 +78,7 @@ def header(about: About, *, rank: int) -> dict[str, str]:
         "ss_tag_frequency": json.dumps(about.tags, ensure_ascii=False) if about.tags else "",
         **(_pictured(about.cover) if about.cover else {}),
         RUN_CARD: about.run_card or "",
-        WRITTEN_BY: __version__,
+        WRITTEN_BY: about.version or "",
     }
     return {key: value for key, value in values.items() if value}
 

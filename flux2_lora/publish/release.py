@@ -12,6 +12,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from PIL import Image
 
+from flux2_lora import __version__
 from flux2_lora.adapters import WEIGHTS, Lora, LoraWeights, find_adapter
 from flux2_lora.errors import UserError, did_you_mean
 from flux2_lora.export.formats import FORMATS
@@ -72,20 +73,19 @@ def refuse_unknown_formats(formats: Sequence[str]) -> None:
 
 def release(
     source: Source,
-    path: Path,
+    files: Mapping[str, Path],
     *,
-    formats: Sequence[str] = ("universal",),
     dtype: torch.dtype = torch.float32,
     strict: bool = False,
 ) -> list[Released]:
-    """Write <path> (universal) and <stem>-<format> of others, every file proved; in a run's export/ README.md too.
+    """Write a file for each format, every one proved; in a run's export/ README.md too.
 
     strict: without captions, folder names and a cover.
     """
-    lora, (about, card) = source.lora, described(source, path.stem, strict=strict)
+    title = next(iter(files.values())).stem
+    lora, (about, card) = source.lora, described(source, title, strict=strict)
     released = []
-    for name in formats:
-        file = path if name == "universal" else path.with_stem(f"{path.stem}-{name}")
+    for name, file in files.items():
         if name == "peft":
             _write_peft(lora, file)
             released.append(Released(path=file, format=name))
@@ -95,9 +95,9 @@ def release(
             told = {key: value for key, value in told.items() if not key.startswith("ss_network_module")}
         proofs = export_lora(lora.modules, file, architecture=lora.architecture, dtype=dtype, header=told, format=name)
         released.append(Released(path=file, format=name, proofs=proofs))
-    if source.run is not None and path.parent.resolve() == (source.run / "export").resolve():
-        first, samples = released[0], [] if strict else _samples(source)
-        write_model_card(path.parent, first.path, about, card, first.proofs, samples)
+    first, samples = released[0], [] if strict else _samples(source)
+    if source.run is not None and first.path.parent.resolve() == (source.run / "export").resolve():
+        write_model_card(first.path.parent, first.path, about, card, first.proofs, samples)
     return released
 
 
@@ -119,6 +119,7 @@ def described(source: Source, title: str, *, strict: bool) -> tuple[About, RunCa
         pictures=card.learned.count if card and card.learned else None,
         tags=card.learned.tags if card and card.learned else {},
         cover=Image.open(samples[0][1]) if samples else None,
+        version=__version__,
         run_card=card.to_json() if card else (None if strict else lora.header.get(RUN_CARD)),
     )
     return about, card

@@ -11,7 +11,8 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel, FluxPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flux2_lora.export import export_lora, modules_of
+from flux2_lora.adapters import Lora, attach_loras
+from flux2_lora.export import FORMATS, export_lora, modules_of
 from flux2_lora.keys import is_target
 
 RANK, ALPHA = 4, 8.0
@@ -68,10 +69,11 @@ def differences(path: Path, state: Mapping[str, Tensor]) -> dict[str, float]:
     return errors
 
 
-@pytest.fixture
-def exported(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+@pytest.fixture(params=list(FORMATS))
+def exported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
     path, state = tmp_path / "style.safetensors", adapter(weights_of(transformer()))
-    export_lora(modules_of(state, RANK, ALPHA), path, architecture="flux2", header={"format": "pt"})
+    modules = modules_of(state, RANK, ALPHA)
+    export_lora(modules, path, architecture="flux2", header={"format": "pt"}, format=request.param)
     return path, state
 
 
@@ -93,6 +95,29 @@ def test_a_missing_member_stays_as_it_is(tmp_path: Path) -> None:
     assert max(differences(path, state).values()) < 1e-6
 
 
+@torch.no_grad()
+def test_the_adapted_model_of_diffusers_and_ours_have_equal_outputs(exported: tuple[Path, dict[str, Tensor]]) -> None:
+    path, state = exported
+    pipeline = Flux2KleinPipeline(None, None, None, None, transformer())
+    pipeline.load_lora_weights(path.parent, weight_name=path.name, local_files_only=True)
+    ours, modules = transformer(), modules_of(state, RANK, ALPHA)
+    attach_loras(ours, {"": Lora(modules=modules, naming="", total=len(modules), architecture="flux2")})
+    rng = torch.Generator().manual_seed(3)
+    call = {
+        "hidden_states": torch.randn(1, 6, 128, generator=rng),
+        "encoder_hidden_states": torch.randn(1, 4, 64, generator=rng),
+        "timestep": torch.tensor([0.4]),
+        "img_ids": torch.cartesian_prod(*(torch.arange(n) for n in (1, 2, 3, 1)))[None],
+        "txt_ids": torch.cartesian_prod(*(torch.arange(n) for n in (1, 1, 1, 4)))[None],
+        "guidance": None,
+        "return_dict": False,
+    }
+    expected, base = ours(**call)[0], transformer()(**call)[0]
+    torch.testing.assert_close(pipeline.transformer(**call)[0], expected, rtol=0, atol=1e-5)
+    assert (expected - base).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("exported", ["universal"], indirect=True)
 def test_a_wrong_alpha_fails_this_comparison(exported: tuple[Path, dict[str, Tensor]]) -> None:
     path, state = exported
     tensors = load_file(path)

@@ -138,7 +138,6 @@ def test_a_header_has_modelspec_and_what_forge_and_managers_read() -> None:
         "ss_resolution": "(1024, 768)",
         "ss_num_train_images": "28",
         "ss_tag_frequency": '{"rome": {"mystyle": 28, "a fountain": 2}}',
-        "flux2_lora.version": __version__,
     }
 
 
@@ -158,13 +157,14 @@ def test_the_cover_is_a_small_jpeg_in_both_places() -> None:
 
 
 def test_the_export_of_a_run_tells_what_the_run_knew(source: Source, run: Path) -> None:
-    [released] = release(source, run / "export" / "rome.safetensors")
+    [released] = release(source, {"universal": run / "export" / "rome.safetensors"})
     told = header_of(released.path)
     assert told["modelspec.architecture"] == "Flux.2-klein-4b/lora"
     assert told["ss_base_model_version"] == "Flux.2 Klein 4B"
     assert told["modelspec.resolution"] == "768x768"
     assert told["modelspec.trigger_phrase"] == "mystyle"
     assert told["ss_num_train_images"] == "2"
+    assert told["flux2_lora.version"] == __version__
     assert json.loads(told["ss_tag_frequency"]) == {"rome": {"mystyle": 2, "a fountain": 2, "night": 1}}
     assert all(proof.whole for proof in released.proofs)
     cover = Image.open(BytesIO(base64.b64decode(json.loads(told["ssmd_cover_images"])[0])))
@@ -173,14 +173,14 @@ def test_the_export_of_a_run_tells_what_the_run_knew(source: Source, run: Path) 
 
 
 def test_no_export_names_a_folder_of_the_machine(source: Source, run: Path) -> None:
-    [released] = release(source, run / "export" / "rome.safetensors")
+    [released] = release(source, {"universal": run / "export" / "rome.safetensors"})
     everything = json.dumps(header_of(released.path)) + (run / "export" / "README.md").read_text()
     assert "ana" not in everything.replace("banana", "")
     assert str(share()) not in everything
 
 
 def test_privacy_leaves_out_captions_folder_names_and_cover(source: Source, run: Path) -> None:
-    [released] = release(source, run / "export" / "private.safetensors", strict=True)
+    [released] = release(source, {"universal": run / "export" / "private.safetensors"}, strict=True)
     told = header_of(released.path)
     everything = json.dumps(told) + (run / "export" / "README.md").read_text()
     assert not any(word in everything for word in ("fountain", "rome/", ".../rome", "view", "night"))
@@ -190,7 +190,7 @@ def test_privacy_leaves_out_captions_folder_names_and_cover(source: Source, run:
 
 
 def test_a_card_comes_back_as_it_was_written(source: Source, run: Path) -> None:
-    [released] = release(source, run / "export" / "rome.safetensors")
+    [released] = release(source, {"universal": run / "export" / "rome.safetensors"})
     card = read_card(released.path)
     assert card == card_of_run(run, 40, private=False)
     assert card.losses == {"base": 1.5, "exported": 1.3, "best": 1.2, "best_step": 20}
@@ -201,7 +201,7 @@ def test_a_card_comes_back_as_it_was_written(source: Source, run: Path) -> None:
 
 
 def test_a_card_becomes_options_and_what_is_typed_goes_before_it(source: Source, run: Path) -> None:
-    [released] = release(source, run / "export" / "rome.safetensors")
+    [released] = release(source, {"universal": run / "export" / "rome.safetensors"})
     typed = [f"from={released.path}", "dataset.folder=/new/place", "adapter.rank=8"]
     made = from_card(typed)
     assert made[-3:] == typed
@@ -217,13 +217,13 @@ def test_a_card_becomes_options_and_what_is_typed_goes_before_it(source: Source,
 
 
 def test_a_group_that_is_typed_replaces_all_of_the_card_s(source: Source, run: Path) -> None:
-    [released] = release(source, run / "export" / "rome.safetensors")
+    [released] = release(source, {"universal": run / "export" / "rome.safetensors"})
     made = from_card([f"from={released.path}", "dataset.folder=/new/place", "optimizer=lion"])
     assert not any(argument.startswith("optimizer.") for argument in made)
 
 
 def test_a_folder_of_another_machine_must_be_given(source: Source, run: Path) -> None:
-    [released] = release(source, run / "export" / "rome.safetensors")
+    [released] = release(source, {"universal": run / "export" / "rome.safetensors"})
     with pytest.raises(UserError, match=r"dataset.folder=\.\.\./rome") as refusal:
         from_card([f"from={released.path}"])
     assert "add dataset.folder=" in refusal.value.remedy
@@ -256,7 +256,7 @@ def test_differences_in_the_data_are_told(run: Path) -> None:
 
 
 def test_the_page_has_what_the_hub_reads(source: Source, run: Path) -> None:
-    release(source, run / "export" / "rome.safetensors")
+    release(source, {"universal": run / "export" / "rome.safetensors"})
     page = (run / "export" / "README.md").read_text()
     _, head, body = page.split("---\n", 2)
     values = yaml.safe_load(head)
@@ -273,11 +273,11 @@ def test_the_page_has_what_the_hub_reads(source: Source, run: Path) -> None:
 def test_a_licence_that_the_hub_does_not_know_is_named_as_other(source: Source, run: Path) -> None:
     options = {**OPTIONS, "model": {**OPTIONS["model"], "licence": "flux-1-dev-non-commercial-license"}}  # type: ignore[dict-item]
     (run / "run.yaml").write_text(yaml.safe_dump(options))
-    release(source, run / "export" / "rome.safetensors")
+    release(source, {"universal": run / "export" / "rome.safetensors"})
     values = yaml.safe_load((run / "export" / "README.md").read_text().split("---\n")[1])
     assert (values["license"], values["license_name"]) == ("other", "flux-1-dev-non-commercial-license")
 
 
 def test_an_export_into_another_folder_leaves_no_page_there(source: Source, tmp_path: Path) -> None:
-    release(source, tmp_path / "loras" / "rome.safetensors")
+    release(source, {"universal": tmp_path / "loras" / "rome.safetensors"})
     assert {file.name for file in (tmp_path / "loras").iterdir()} == {"rome.safetensors", "rome.proof.json"}
