@@ -16,7 +16,10 @@ from flux2_lora.publish.run_card import options_of, read_card
 
 
 def from_card(arguments: Sequence[str]) -> list[str]:
-    """The arguments with those of the card before them, where `from=...` names a file."""
+    """The arguments with those of the card before them, where `from=...` names a file.
+
+    With "++", since the pages do not list every option that the schema has.
+    """
     place = next((argument.partition("=")[2] for argument in arguments if argument.startswith("from=")), "null")
     if place in ("", "null"):
         return list(arguments)
@@ -28,7 +31,7 @@ def from_card(arguments: Sequence[str]) -> list[str]:
         name, last = next(iter(missing.items()))
         raise UserError(f"from={place} was trained with {name}={last}, a path of another machine", f"add {name}=...")
     kept = {name: value for name, value in options.items() if not typed & {name, *_groups(name)}}
-    return [*(f"{name}={_written(value)}" for name, value in kept.items()), *arguments]
+    return [*(f"++{name}={_written(value)}" for name, value in kept.items()), *arguments]
 
 
 def _groups(name: str) -> list[str]:

@@ -74,7 +74,7 @@ def test_a_file_is_looked_into(run: Path, command: Command) -> None:
     assert "InvokeAI   32 of 32" in seen.out
     assert "run card  step 4, 28 pictures" in seen.out
     with Image.open("norms.png") as picture:
-        assert len(set(picture.convert("RGB").getdata())) > 3
+        assert len(picture.convert("RGB").getcolors(1 << 16) or []) > 3
 
 
 def test_a_file_that_clients_drop_is_shown_as_such(run: Path, command: Command) -> None:

@@ -205,21 +205,21 @@ def test_a_card_becomes_options_and_what_is_typed_goes_before_it(source: Source,
     typed = [f"from={released.path}", "dataset.folder=/new/place", "adapter.rank=8"]
     made = from_card(typed)
     assert made[-3:] == typed
-    assert "dataset.default_caption='a view, of Rome'" in made
-    assert "adapter.targets=['attention','mlp']" in made
-    assert "dataset.resolution=[512,768]" in made
-    assert "dataset.flip=true" in made
-    assert "optimizer.lr=0.0001" in made
-    assert "validation.features=${share:data/tiny}" in made
-    assert [argument for argument in made if argument.startswith(("adapter.rank", "dataset.folder"))] == typed[1:][
-        ::-1
-    ][::-1]
+    assert "++dataset.default_caption='a view, of Rome'" in made
+    assert "++adapter.targets=['attention','mlp']" in made
+    assert "++dataset.resolution=[512,768]" in made
+    assert "++dataset.flip=true" in made
+    assert "++optimizer.lr=0.0001" in made
+    assert "++validation.features=${share:data/tiny}" in made
+    assert [
+        argument for argument in made if argument.lstrip("+").startswith(("adapter.rank", "dataset.folder"))
+    ] == typed[1:][::-1][::-1]
 
 
 def test_a_group_that_is_typed_replaces_all_of_the_card_s(source: Source, run: Path) -> None:
     [released] = release(source, {"universal": run / "export" / "rome.safetensors"})
     made = from_card([f"from={released.path}", "dataset.folder=/new/place", "optimizer=lion"])
-    assert not any(argument.startswith("optimizer.") for argument in made)
+    assert not any(argument.startswith("++optimizer.") for argument in made)
 
 
 def test_a_folder_of_another_machine_must_be_given(source: Source, run: Path) -> None:
