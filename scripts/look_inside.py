@@ -123,20 +123,22 @@ def header_lines(path: Path, told: Mapping[str, str]) -> list[str]:
 
 
 def norm_picture(title: str, stacks: Mapping[str, Sequence[float]]) -> Image.Image:
-    """Bars from left to right, stack beside stack."""
+    """Bars from left to right, stack beside stack, each above its name."""
     font = ImageFont.load_default(TEXT_PX)
-    count, largest = sum(map(len, stacks.values())), max(max(values) for values in stacks.values()) or 1.0
-    width = max(count * BAR_PX + (len(stacks) + 1) * GAP_PX, 320)
+    largest = max(max(values) for values in stacks.values()) or 1.0
+    heading = f"{title}: norm of the update by block, at most {largest:.3g}"
+    labels = {stack: f"{stack} 0-{len(values) - 1}" for stack, values in stacks.items()}
+    widths = {stack: max(len(stacks[stack]) * BAR_PX, int(font.getlength(label))) for stack, label in labels.items()}
+    width = max(sum(widths.values()) + GAP_PX * len(stacks), int(font.getlength(heading)) + GAP_PX) + GAP_PX
     page = Image.new("RGB", (width, HIGH_PX + 4 * GAP_PX), PAPER)
     draw, left, bottom = ImageDraw.Draw(page), GAP_PX, HIGH_PX + 2 * GAP_PX
-    draw.text((GAP_PX, GAP_PX / 2), f"{title}: norm of the update by block", INK, font)
+    draw.text((GAP_PX, GAP_PX / 2), heading, INK, font)
     for stack, values in stacks.items():
         for number, value in enumerate(values):
             x, high = left + number * BAR_PX, value / largest * HIGH_PX
             draw.rectangle((x, bottom - high, x + BAR_PX - 3, bottom), fill=BLUE)
-        draw.text((left, bottom + 6), f"{stack} 0-{len(values) - 1}", GREY, font)
-        left += len(values) * BAR_PX + GAP_PX
-    draw.text((width - GAP_PX, GAP_PX * 1.4), f"{largest:.3g}", GREY, font, anchor="ra")
+        draw.text((left, bottom + 6), labels[stack], GREY, font)
+        left += widths[stack] + GAP_PX
     return page
 
 

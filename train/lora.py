@@ -392,7 +392,7 @@ def export(config: TrainConfig, run: Path, data: Data, state: TrainState) -> Non
     [released] = release(Source(lora=lora, path=run, run=run, step=state.step), {"universal": exported(config, run)})
     console.print(table(released.proofs))
     tell(config, run)
-    console.print(f"report    {write_report(run)}")
+    tell_report(run)
 
 
 def exported(config: TrainConfig, run: Path) -> Path:
@@ -410,12 +410,20 @@ def tell(config: TrainConfig, run: Path) -> None:
         console.print(line)
 
 
+def tell_report(run: Path) -> None:
+    """Write the page of the run. The adapter is exported by then: a disk that is full must not end the run badly."""
+    try:
+        console.print(f"report    {write_report(run)}")
+    except (OSError, RunError) as error:
+        console.print(f"report    not written: {error}")
+
+
 def tell_how_to_go_on(run: Path, step: int, *, first: bool) -> None:
     """After a run that was stopped."""
     again = shlex.join(["flux2-lora", "train", *arguments()])
     console.print(f"stopped after step {step}; go on with\n  {again}")
     if first:
-        console.print(f"report    {write_report(run)}")
+        tell_report(run)
 
 
 def where_to_start(config: TrainConfig, run: Path) -> Checkpoint | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flux2_lora.errors import UserError
+from flux2_lora.errors import RunError, UserError
 from flux2_lora.export import Proof, export_lora, modules_of, table
 from flux2_lora.export.clients import clients_of
 from flux2_lora.export.formats import universal
@@ -250,3 +252,21 @@ def test_the_table_is_aligned_text() -> None:
         "Forge Neo  9 of 22   5.0e-01",
         "Forge Neo: a note",
     ]
+
+
+@pytest.mark.parametrize(("code", "kind"), [(errno.ENOSPC, RunError), (errno.EACCES, UserError)])
+def test_a_disk_that_takes_nothing_is_named_and_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[Exception]
+) -> None:
+    path = tmp_path / "a.safetensors"
+    exported(path, adapter())
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("flux2_lora.files.os.fsync", fail)
+    with pytest.raises(kind, match=r"a\.safetensors"):
+        exported(path, adapter(size=2.0))
+    assert path.read_bytes() == before
+    assert {file.name for file in tmp_path.iterdir()} == {"a.safetensors", "a.proof.json"}
