@@ -254,32 +254,32 @@ def _kind(declared: list[Any]) -> str:
     return "COMBO" if isinstance(declared[0], list) else str(declared[0])
 
 
+def _typed(declared: Mapping[str, list[Any]], values: list[Any]) -> dict[str, Any]:
+    """Fields filled in the order of their declaration, as the editor fills them: behind a seed it puts one of its own."""
+    names: list[str | None] = []
+    for name, found in declared.items():
+        if _kind(found) in {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}:
+            names.append(name)
+            names += [None] if found[1:] and found[1].get("control_after_generate") else []
+    read = [re.sub(r"\\([{}])", r"\1", value) if isinstance(value, str) else value for value in values]
+    return {name: value for name, value in zip(names, read, strict=True) if name}
+
+
 @pytest.mark.parametrize("settings", ALL.values(), ids=ALL)
 def test_the_editor_s_form_is_the_server_s_by_comfyui_s_own_declarations(server: Server, settings: Settings) -> None:
-    """Fields are filled in the order in which ComfyUI declares them, as its editor fills them."""
-    page, expected = comfyui_ui(settings), comfyui_api(settings)
-    nodes = {node["id"]: node for node in page["nodes"]}
+    page, declared = comfyui_ui(settings), _declared(server)
+    nodes = {node["id"]: node for node in page["nodes"] if node["type"] != "MarkdownNote"}  # the editor's own
     links = {link[0]: link for link in page["links"]}
-    for number, node in ((str(number), node) for number, node in nodes.items() if node["type"] != "MarkdownNote"):
-        declared = _declared(server)[node["type"]]
-        inputs = {**declared["input"]["required"], **declared["input"].get("optional", {})}
-        order = [name for names in declared["input_order"].values() for name in names]
-        typed = [n for n in order if _kind(inputs[n]) in {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}]
-        fields = [
-            field
-            for name in typed
-            for field in ([name, ""] if inputs[name][1:] and inputs[name][1].get("control_after_generate") else [name])
-        ]
-        values = {name: value for name, value in zip(fields, node["widgets_values"], strict=True) if name}
-        linked = {}
-        for socket in node["inputs"]:
-            _, source, slot, target, place, kind = links[socket["link"]]
-            origin = _declared(server)[nodes[source]["type"]]
-            assert (target, node["inputs"][place]) == (node["id"], socket)
-            assert _kind(inputs[socket["name"]]) == origin["output"][slot] == socket["type"] == kind
-            linked[socket["name"]] = [str(source), slot]
-        assert [(out["name"], out["type"]) for out in node["outputs"]] == list(
-            zip(declared["output_name"], declared["output"], strict=True)
-        )
-        read = {k: re.sub(r"\\([{}])", r"\1", v) if isinstance(v, str) else v for k, v in values.items()}
-        assert {**read, **linked} == expected[number]["inputs"]
+    read: dict[str, Any] = {}
+    for number, node in nodes.items():
+        kind = declared[node["type"]]
+        inputs = {**kind["input"]["required"], **kind["input"].get("optional", {})}
+        read[str(number)] = _typed(inputs, node["widgets_values"])
+        for place, socket in enumerate(node["inputs"]):
+            _, source, slot, *target, type_ = links[socket["link"]]
+            assert target == [number, place]
+            assert _kind(inputs[socket["name"]]) == declared[nodes[source]["type"]]["output"][slot] == type_
+            read[str(number)][socket["name"]] = [str(source), slot]
+        outputs = [(out["name"], out["type"]) for out in node["outputs"]]
+        assert outputs == list(zip(kind["output_name"], kind["output"], strict=True))
+    assert read == {number: node["inputs"] for number, node in comfyui_api(settings).items()}
