@@ -255,7 +255,7 @@ def _kind(declared: list[Any]) -> str:
 
 
 def _typed(declared: Mapping[str, list[Any]], values: list[Any]) -> dict[str, Any]:
-    """Fields filled in the order of their declaration, as the editor fills them: behind a seed it puts one of its own."""
+    """Fields filled in the order of their declaration, as the editor fills them; it adds one behind a seed."""
     names: list[str | None] = []
     for name, found in declared.items():
         if _kind(found) in {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}:
