@@ -132,7 +132,6 @@ def flux2_transformer(text: int, *, guidance: bool) -> nn.Module:
         attention_head_dim=128,
         num_attention_heads=2,
         joint_attention_dim=text,
-        timestep_guidance_channels=32,
         guidance_embeds=guidance,
     )
 

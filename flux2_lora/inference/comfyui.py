@@ -3,7 +3,7 @@
 Core nodes only. What makes the picture the same: noise is one CPU draw of the seed in latent shape there too;
 Flux2Scheduler has FLUX.2's own sigmas, and FLUX.1 gets ours as numbers, since its named schedulers round them to a
 table; neither is shifted again, for a model's shift acts in named schedulers alone; T5 is padded to the length that
-Diffusers pads to, where ComfyUI would stop at 256. Read off ComfyUI's code of 2025-10 and its FLUX.2 nodes of 2026.
+Diffusers pads to, where ComfyUI would stop at 256. tests/parity/test_comfyui.py has ComfyUI draw them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ def _note(settings: Settings) -> str:
         for name, value in node.inputs.items()
         if isinstance(value, str) and name.rstrip("12").endswith("_name") and name != "sampler_name"
     ]
-    recipe = RECIPES[settings.family]
     return "\n".join(
         [
             f"{settings.model_title}, written by flux2-lora {settings.version}. Looks for these files:",
@@ -61,9 +60,21 @@ def _note(settings: Settings) -> str:
             *files,
             "",
             "Where yours have other names, choose them in the loaders. Weights of lower precision change the picture.",
-            *([recipe.note] if recipe.note else []),
+            *_differences(settings),
         ]
     )
+
+
+def _differences(settings: Settings) -> list[str]:
+    """Why the picture cannot be the same there."""
+    found = [RECIPES[settings.family].note]
+    length = settings.max_sequence_length or _LONGEST
+    if settings.family != "flux1" and length != _LONGEST:
+        found.append(
+            f"ComfyUI gives FLUX.2 {_LONGEST} tokens of text, and this picture was drawn with {length}: the picture is "
+            "alike, and not the same."
+        )
+    return [note for note in found if note]
 
 
 def _drawn(settings: Settings) -> Graph:

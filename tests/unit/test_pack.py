@@ -212,6 +212,14 @@ def test_a_bundled_miniature_s_workflow_says_that_it_cannot_be_loaded() -> None:
     assert "cannot load the bundled miniature" in page["nodes"][-1]["widgets_values"][0]
 
 
+@pytest.mark.parametrize(("family", "said"), [("flux2_klein", True), ("flux2_small", True), ("flux1", False)])
+def test_a_workflow_says_where_comfyui_gives_a_model_more_tokens(family: str, said: bool) -> None:  # noqa: FBT001
+    page = comfyui_ui(replace(KLEIN, family=family, max_sequence_length=256))
+    assert ("drawn with 256" in page["nodes"][-1]["widgets_values"][0]) == said
+    page = comfyui_ui(replace(KLEIN, family=family, max_sequence_length=512))
+    assert "drawn with" not in page["nodes"][-1]["widgets_values"][0]
+
+
 def test_a_script_is_python_whatever_its_texts_hold(settings: Settings) -> None:
     nasty = 'say "hi" \\ {x} """ \n ünï ☃'
     script = diffusers_script(replace(settings, prompt=nasty, model_title=nasty), prompts=[nasty, "b"])
