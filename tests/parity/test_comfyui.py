@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -23,11 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flux2_lora.adapters import Adapter
-from flux2_lora.export import export_universal, modules_of, universal
+from flux2_lora.export import FORMATS, export_lora, modules_of
 from flux2_lora.families import Model, ModelSpec, open_model
 from flux2_lora.inference.comfyui import comfyui_api, comfyui_ui
 from flux2_lora.inference.settings import Settings
-from flux2_lora.keys import bfl_of, kohya_of
 from tests.comfyui import CHECKOUT, RefusedError, Server, served
 from tests.parity.test_pack_diffusers import ALPHA, BUILD, CASES, RANK, ours, random_adapter, same
 from tests.single_file import fused
@@ -182,33 +181,14 @@ def test_comfyui_s_heun_is_ours(case: Case) -> None:
     assert not same(found, case.ours())
 
 
-def kohya(case: Case, path: Path) -> None:
-    options: dict[str, Any] = {"architecture": case.architecture, "dtype": torch.float32, "header": {"format": "pt"}}
-    export_universal(case.adapter.state, RANK, ALPHA, path, **options)
+def write(case: Case, form: str) -> None:
+    modules = modules_of(case.adapter.state, RANK, ALPHA)
+    export_lora(modules, case.lora, architecture=case.architecture, header={"format": "pt"}, format=form)
 
 
-def bfl(case: Case, path: Path) -> None:
-    """The exported pairs under ComfyUI's own names for the weights, without alpha, which is then taken as the rank."""
-    state = case.adapter.state
-    modules = {bfl_of(case.architecture, key.partition(".lora_")[0]).module for key in state}
-    exported = universal(modules_of(state, RANK, ALPHA), case.architecture, torch.float32)
-    halves = {"lora_A": "lora_down", "lora_B": "lora_up"}
-    tensors = {
-        f"diffusion_model.{module}.{half}.weight": exported[f"{kohya_of(module)}.{theirs}.weight"]
-        for module in modules
-        for half, theirs in halves.items()
-    }
-    save_file(tensors, path)
-
-
-def diffusers(case: Case, path: Path) -> None:
-    folded = {key: (ALPHA / RANK if ".lora_B." in key else 1.0) * t for key, t in case.adapter.state.items()}
-    save_file({f"transformer.{key}": tensor for key, tensor in folded.items()}, path)
-
-
-@pytest.mark.parametrize("write", [kohya, bfl, diffusers])
-def test_comfyui_loads_all_of_an_adapter(case: Case, write: Callable[[Case, Path], None]) -> None:
-    write(case, case.lora)
+@pytest.mark.parametrize("form", list(FORMATS))
+def test_comfyui_loads_all_of_an_adapter(case: Case, form: str) -> None:
+    write(case, form)
     adapters = ((str(case.lora), 0.7),)
     found = case.theirs(adapters=adapters)
     assert same(found, case.ours(adapters=adapters))
@@ -217,7 +197,7 @@ def test_comfyui_loads_all_of_an_adapter(case: Case, write: Callable[[Case, Path
 
 def test_comfyui_says_which_of_an_adapter_it_cannot_load(case: Case) -> None:
     """Or the silence of the tests above would prove nothing."""
-    kohya(case, case.lora)
+    write(case, "universal")
     save_file({key.replace("_0_", "_9_"): tensor for key, tensor in load_file(case.lora).items()}, case.lora)
     drawn = case.server.draw(comfyui_api(replace(case.settings, adapters=((str(case.lora), 0.7),))))
     assert NOT_LOADED in drawn.log
