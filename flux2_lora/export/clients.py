@@ -1,8 +1,9 @@
 """What each client makes of a LoRA file: which of its keys it maps to which weights, at which strength.
 
 Our tables of their grammar, read off and measured with ComfyUI 0.29, Forge (2025-06), Forge Neo (2026-02), InvokeAI
-6.14 and Diffusers 0.42; tests hold them against the last and, where it is at hand, the first. Law: nothing in this module leans on the tables that files are
-written or read with (flux2_lora.keys), except for Linears outside the blocks; so a slip there is seen here.
+6.14 and Diffusers 0.42; tests hold them against the last and, where it is at hand, the first. Law: nothing here leans
+on the tables that files are written or read with (flux2_lora.keys), except for Linears outside the blocks; so a slip
+there is seen here.
 
 A name is a prefix and a module, BFL's (dotted or flattened by "_") or Diffusers'. Clients differ in which combinations
 they know, in where they look for alpha, and in what they do with keys that they do not know.
