@@ -4,6 +4,7 @@ was drawn is written down.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ import torch
 
 from flux2_lora.adapters import WEIGHTS, Lora, find_adapter, read_adapter
 from flux2_lora.errors import UserError
-from flux2_lora.export import export_universal
+from flux2_lora.export import export_universal, universal
 from flux2_lora.families import Model
+from flux2_lora.files import write_tensors
 from flux2_lora.inference.sampling import Recipe
-from flux2_lora.inference.settings import TEXT_TO_IMAGE, Settings
+from flux2_lora.inference.settings import TEXT_TO_IMAGE, Inputs, Settings
 from flux2_lora.lora_files import OUR_NAMES, read_loras
 from flux2_lora.training.progress import console
 
@@ -65,27 +67,49 @@ def columns_of(choice: AdapterChoice) -> list[tuple[str, list[float]]]:
     return columns[-1:] if choice.merged else columns
 
 
-def portable(places: Sequence[str], loras: Mapping[str, Lora], model: Model, folder: Path) -> list[str]:
-    """Files that ComfyUI and Diffusers read, one a place: the file itself, a run's export, or one made in `folder`."""
+def portable(
+    places: Sequence[str], loras: Mapping[str, Lora], model: Model, folder: Path, *, blocks: Sequence[str] = ()
+) -> list[str]:
+    """Files that ComfyUI and Diffusers read, one a place: the file itself, a run's export, or one made in `folder`.
+
+    blocks: where alone the adapters act; no other program would draw a part of a file, so these are always made.
+    """
     files = []
     for number, (place, lora) in enumerate(zip(places, loras.values(), strict=True)):
-        source, run = find_adapter(place), Path(place).expanduser().resolve()
-        exported = run / "export" / f"{run.name}.safetensors"
-        current = exported.is_file() and exported.stat().st_mtime >= source.stat().st_mtime
-        if lora.naming == OUR_NAMES and not current:
-            adapter, name = read_adapter(source), f"{number}-{name_of(place).replace(' ', '-')}"
-            exported = folder.resolve() / "adapters" / f"{name}.safetensors"
-            export_universal(
-                adapter.state,
-                adapter.rank,
-                adapter.alpha,
-                exported,
-                architecture=model.family.architecture,
-                dtype=torch.float32,
-                header={"modelspec.title": name},
-            )
-        files.append(str(exported if lora.naming == OUR_NAMES else source.resolve()))
+        name = f"{number}-{name_of(place).replace(' ', '-')}"
+        if blocks:
+            within = re.sub(r"[^\w.]+", "-", "-".join(blocks)).strip("-")
+            files.append(_part_of(lora, model, folder / "adapters" / f"{name}-{within}.safetensors"))
+        else:
+            files.append(_whole(place, lora, model, folder / "adapters" / f"{name}.safetensors"))
     return files
+
+
+def _whole(place: str, lora: Lora, model: Model, made: Path) -> str:
+    source, run = find_adapter(place), Path(place).expanduser().resolve()
+    if lora.naming != OUR_NAMES:
+        return str(source.resolve())
+    exported = run / "export" / f"{run.name}.safetensors"
+    if exported.is_file() and exported.stat().st_mtime >= source.stat().st_mtime:
+        return str(exported)
+    adapter, architecture = read_adapter(source), model.family.architecture
+    export_universal(
+        adapter.state,
+        adapter.rank,
+        adapter.alpha,
+        made.resolve(),
+        architecture=architecture,
+        dtype=torch.float32,
+        header={"modelspec.title": made.stem},
+    )
+    return str(made.resolve())
+
+
+def _part_of(lora: Lora, model: Model, made: Path) -> str:
+    """The updates as they act here, factors folded in."""
+    tensors = universal(lora.modules, model.family.architecture, torch.float32)
+    write_tensors(made.resolve(), tensors, {"format": "pt", "modelspec.title": made.stem})
+    return str(made.resolve())
 
 
 def settings_of(
@@ -99,6 +123,7 @@ def settings_of(
     strength: float | None = None,
     references: int = 0,
     blocks: Sequence[str] = (),
+    inputs: Inputs | None = None,
 ) -> Settings:
     """What a picture of `size` (height, width in px) carries. strength: of image to image and what is built on it.
 
@@ -126,6 +151,7 @@ def settings_of(
         strength=strength,
         references=references,
         blocks=tuple(blocks),
+        inputs=inputs,
     )
 
 

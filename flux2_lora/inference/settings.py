@@ -27,7 +27,7 @@ class Inputs:
 
     key: what the names of their files begin with, a digest of them all; height, width: px of the picture that was
     redrawn, None where there are references alone; box: where it lies in the original (left, top, right, bottom), None
-    without a mask; tile: px along a side that the model saw at once, None for all.
+    without a mask; tile: tokens along a side that the model saw at once, None for all.
     """
 
     key: str
