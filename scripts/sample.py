@@ -103,8 +103,8 @@ def main(config: SampleConfig) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     files = portable(config.adapters, loras, model, folder, blocks=config.blocks)
-    begun = larger or [start] * len(config.prompts)
-    inputs = [save_inputs(folder, one, references) if one or references else None for one in begun]
+    begun: Sequence[Start | None] = larger or [start] * len(config.prompts)
+    inputs = [save_inputs(folder, one, references) if one is not None or references else None for one in begun]
     mode, strength = mode_of(config)
     last = settings_of(
         model,
