@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,16 +188,13 @@ def test_outpaint(bench: Bench) -> None:
 
 
 @families("flux2_klein", "flux1")
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
-def test_upscale_in_tiles(bench: Bench, sampler: str) -> None:
-    start = bench.pipeline.to_upscale(photo(48, 40), factor=2)
-    ours, theirs = bench.both(start, "upscale", 0.7, sampler=sampler)
+def test_upscale_in_tiles(bench: Bench) -> None:
+    start = bench.pipeline.to_upscale(photo(48, 40), factor=3)
+    ours, theirs = bench.both(start, "upscale", 0.7)
     assert_same(ours, theirs)
-    assert theirs.shape == (96, 80, 3)
-    whole = bench.pipeline.draw_from(
-        Start(picture=start.picture, height=96, width=80), [PROMPT], strength=0.7, sampler=sampler
-    )
-    assert np.abs(np.asarray(whole[0]) - theirs).max() > 2
+    assert theirs.shape == (144, 120, 3)
+    [whole] = bench.pipeline.draw_from(replace(start, tile=9), [PROMPT], strength=0.7)
+    assert (np.abs(np.asarray(whole) - theirs) > 2).mean() > 0.1
 
 
 @families("flux2_klein", "flux2_dev")
@@ -241,8 +238,6 @@ def test_adapters_of_some_blocks_with_factors(bench: Bench) -> None:
 
 @families("flux2_small")
 def test_each_prompt_is_drawn_from_its_own_picture(bench: Bench) -> None:
-    from dataclasses import replace
-
     pipeline, texts = bench.pipeline, [PROMPT, "blue cat face"]
     starts = [of_size(photo(64, 64, seed), 64, 64) for seed in (3, 4)]
     first, second = (
