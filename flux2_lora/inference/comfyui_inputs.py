@@ -14,7 +14,7 @@ def input_files(settings: Settings) -> list[str]:
     """What ComfyUI's folder `input` has to hold."""
     if settings.inputs is None:
         return []
-    return [settings.inputs.file(role) for role in settings.input_roles if role != MASK]
+    return [settings.inputs.file(role) for role in settings.input_roles]
 
 
 def differences(settings: Settings) -> list[str]:
@@ -64,25 +64,40 @@ def add_references(graph: Graph, settings: Settings, vae: Node) -> list[Node]:
 
 
 def add_finish(graph: Graph, settings: Settings, picture: Node) -> Node:
-    """The decoded picture cut to its size, and laid into the original under the mask."""
+    """The decoded picture cut to its size; with a mask laid over what it was drawn from, and that into the original."""
     inputs = settings.inputs
     assert inputs is not None
-    if (inputs.height, inputs.width) != (settings.drawn_height, settings.drawn_width):
-        picture = graph.add("ImageCrop", image=picture, width=inputs.width, height=inputs.height, x=0, y=0)
+    picture = _cut(graph, settings, picture)
     if inputs.box is None:
         return picture
     left, top, right, bottom = inputs.box
     width, height = right - left, bottom - top
+    before = _cut(graph, settings, graph.add("LoadImage", image=inputs.file(PICTURE)))
+    picture = _laid(graph, before, picture, inputs.file(MASK), 0, 0)
     if (inputs.height, inputs.width) != (height, width):
         picture = graph.add(
             "ImageScale", image=picture, upscale_method="lanczos", width=width, height=height, crop="disabled"
         )
+    original = graph.add("LoadImage", image=inputs.file(ORIGINAL))
+    return _laid(graph, original, picture, inputs.file(SHOWN_MASK), left, top)
+
+
+def _cut(graph: Graph, settings: Settings, picture: Node) -> Node:
+    """Without what fills it up to whole tokens."""
+    inputs = settings.inputs
+    assert inputs is not None
+    if (inputs.height, inputs.width) == (settings.drawn_height, settings.drawn_width):
+        return picture
+    return graph.add("ImageCrop", image=picture, width=inputs.width, height=inputs.height, x=0, y=0)
+
+
+def _laid(graph: Graph, below: Node, above: Node, mask: str, x: int, y: int) -> Node:
     return graph.add(
         "ImageCompositeMasked",
-        destination=graph.add("LoadImage", image=inputs.file(ORIGINAL)),
-        source=picture,
-        x=left,
-        y=top,
+        destination=below,
+        source=above,
+        x=x,
+        y=y,
         resize_source=False,
-        mask=graph.add("LoadImageMask", image=inputs.file(SHOWN_MASK), channel="red"),
+        mask=graph.add("LoadImageMask", image=mask, channel="red"),
     )

@@ -206,7 +206,6 @@ def finish_of(settings: Settings) -> list[str]:
         f"laid = lay_over(pixels(first.crop({corner})), pixels(picture), mask[None, None])",
         "picture = pipeline.image_processor.postprocess(laid)[0]",
         f"picture = picture.resize({(right - left, bottom - top)}, Image.Resampling.LANCZOS)",
-        f'shown = Image.open(inputs / "{inputs.file(SHOWN_MASK)}").point(lambda value: 255 * (value > 0))',
         f'picture, painting = Image.open(inputs / "{inputs.file(ORIGINAL)}"), picture',
-        f"picture.paste(painting, {(left, top)}, shown)",
+        f'picture.paste(painting, {(left, top)}, Image.open(inputs / "{inputs.file(SHOWN_MASK)}"))',
     ]

@@ -25,7 +25,7 @@ class Region:
     """Where alone a picture is painted.
 
     mask: grey, 255 = new, of the size that is worked on; tokens: the same, one pixel a token, each its brightest.
-    original: RGB, into which the result is laid at `box`; shown: the mask of the box, as fine as the original is.
+    original: RGB, into which the result is laid at `box`; shown: what it replaces there, 255 where the mask is not 0.
     """
 
     mask: Image.Image
@@ -59,7 +59,7 @@ class Start:
         painted = lay_over(self.picture.crop(box), part, region.mask)
         result = region.original.copy()
         painted = painted.resize((right - left, bottom - top), Image.Resampling.LANCZOS)
-        result.paste(painted, (left, top), region.shown.point(lambda value: 255 * (value > 0)))
+        result.paste(painted, (left, top), region.shown)
         return result
 
 
@@ -81,11 +81,12 @@ def enlarged(picture: Image.Image, height: int, width: int, step_px: int, tile: 
 
 def under_mask(picture: Image.Image, mask: Image.Image, step_px: int, *, box: Box, scale: float = 1.0) -> Start:
     """What lies in `box`, enlarged by `scale`, to be painted where the grey mask, of the picture's size, is bright."""
-    part, shown = picture.crop(box), mask.crop(box)
+    part, grey = picture.crop(box), mask.crop(box)
     size = round(part.width * scale), round(part.height * scale)
-    bright = shown.resize(size, Image.Resampling.BILINEAR)
-    grey = np.asarray(padded(bright, step_px))
-    tokens = grey.reshape(grey.shape[0] // step_px, step_px, -1, step_px).max(axis=(1, 3))
+    bright = grey.resize(size, Image.Resampling.BILINEAR)
+    values = np.asarray(padded(bright, step_px))
+    tokens = values.reshape(values.shape[0] // step_px, step_px, -1, step_px).max(axis=(1, 3))
+    shown = grey.point(lambda value: 255 * (value > 0))
     return Start(
         picture=padded(part.resize(size, Image.Resampling.LANCZOS), step_px),
         height=size[1],

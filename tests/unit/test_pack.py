@@ -392,7 +392,7 @@ def test_inputs_are_what_the_model_got_and_named_by_their_content(tmp_path: Path
     assert saved["picture"].shape == (settings.drawn_height, settings.drawn_width, 3) == (48, 64, 3)
     assert saved["mask"].shape == (40, 60)
     assert np.array_equal(saved["original"], np.asarray(photo(40, 50)))
-    assert np.array_equal(saved["original-mask"], np.asarray(mask)[6:26, 5:35])
+    assert np.array_equal(saved["original-mask"], 255 * (np.asarray(mask)[6:26, 5:35] > 0))
     assert save_inputs(tmp_path, start, [photo(32, 32)]) == inputs
     assert save_inputs(tmp_path, start, [photo(32, 32, 1)]).key != inputs.key
 
@@ -461,8 +461,10 @@ def test_flux1_s_noise_for_a_picture_is_the_second_draw_of_the_seed() -> None:
 def test_a_painting_is_laid_into_its_place_and_a_whole_one_is_not_scaled() -> None:
     around, whole = (comfyui_api(FROM_PICTURES[mode]) for mode in ("inpaint around a mask", "inpaint"))
     assert {key: only(around, "ImageScale")[key] for key in ("width", "height")} == {"width": 260, "height": 500}
-    place = only(around, "ImageCompositeMasked")
-    assert (place["x"], place["y"], place["resize_source"]) == (30, 40, False)
+    laid = [node["inputs"] for node in around.values() if node["class_type"] == "ImageCompositeMasked"]
+    assert [(node["x"], node["y"], node["resize_source"]) for node in laid] == [(0, 0, False), (30, 40, False)]
+    masks = [around[node["mask"][0]]["inputs"]["image"] for node in laid]
+    assert masks == ["0a1b2c3d-mask.png", "0a1b2c3d-original-mask.png"]
     assert "ImageScale" not in {node["class_type"] for node in whole.values()}
     assert "ImageCrop" not in {node["class_type"] for node in comfyui_api(FROM_PICTURES["whole tokens"]).values()}
 
