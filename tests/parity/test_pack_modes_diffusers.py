@@ -207,6 +207,14 @@ def test_references(bench: Bench) -> None:
 
 
 @families("flux2_klein")
+def test_a_reference_is_scaled_once_and_never_above_what_diffusers_shows(bench: Bench) -> None:
+    seen = bench.pipeline.as_seen(photo(1100, 1700))
+    assert seen.width % 16 == seen.height % 16 == 0
+    assert seen.width * seen.height <= 1024 * 1024
+    assert bench.pipeline.as_seen(seen).tobytes() == seen.tobytes()
+
+
+@families("flux2_klein")
 def test_inpaint_beside_a_reference(bench: Bench) -> None:
     references = [bench.pipeline.as_seen(photo(70, 90, 5))]
     start = bench.pipeline.to_inpaint(photo(64, 64), hole(64, 64, 10, 5, 40, 50), crop="never")
