@@ -1,8 +1,8 @@
 """Samplers as pure functions over a velocity: they know no model, no prompt and no file.
 
 A `Velocity` maps (x [b c h w], sigma in [0, 1]) to dx/dsigma. A step from sigma to a smaller sigma' is
-x + (sigma' - sigma) v. `on_step` may replace x after each step; inpainting is such a callback. `guided` and `tiled`
-make velocities of velocities.
+x + (sigma' - sigma) v. `on_step` may replace x after each step; inpainting is such a callback. `guided` makes one
+velocity of two.
 """
 
 from __future__ import annotations
@@ -63,40 +63,6 @@ def guided(positive: Velocity, negative: Velocity, cfg_scale: float) -> Velocity
         return away + cfg_scale * (positive(x, sigma) - away)
 
     return velocity
-
-
-def tiled(velocity: Velocity, tile: int, overlap: int) -> Velocity:
-    """A velocity for pictures larger than the model knows: that of overlapping tiles, faded into each other.
-
-    tile, overlap: tokens along a side. Tiles are as large as the model draws well, and no step needs more memory than
-    one of them. Bar-Tal et al. 2023 (arXiv:2302.08113), eq. 5, with weights that fall towards a tile's edges.
-    """
-
-    def whole(x: Tensor, sigma: float) -> Tensor:
-        height, width = x.shape[2:]
-        total, weight = torch.zeros_like(x), torch.zeros_like(x[:1, :1])
-        for top, left in itertools.product(_starts(height, tile, overlap), _starts(width, tile, overlap)):
-            part = x[:, :, top : top + tile, left : left + tile]
-            faded = _faded(part.shape[2], overlap, x)[:, None] * _faded(part.shape[3], overlap, x)
-            place = (..., slice(top, top + tile), slice(left, left + tile))
-            total[place] += faded * velocity(part, sigma)
-            weight[place] += faded
-        return total / weight
-
-    return whole
-
-
-def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin, the last one flush with the end."""
-    if length <= tile:
-        return [0]
-    return [*range(0, length - tile, tile - overlap), length - tile]
-
-
-def _faded(length: int, overlap: int, like: Tensor) -> Tensor:
-    """[length]: 1 inside, falling over `overlap` towards both ends, never to 0."""
-    from_edge = torch.minimum(torch.arange(length), torch.arange(length).flip(0)) + 1
-    return (from_edge / (overlap + 1)).clamp(max=1).to(like)
 
 
 def euler(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:

@@ -7,8 +7,9 @@
     flux2-lora edit image=photo.png strength=0.5 prompt='a red apple'
 
 A mask is any picture: what is bright or painted, or made transparent, is drawn anew; everything else comes back byte
-for byte. A picture with transparent parts needs no mask. Writes 0000.png (the last column) and grid.png; each picture
-carries its settings.
+for byte. A picture with transparent parts needs no mask. Writes 0000.png (the last column) and grid.png; the picture
+carries its settings, and beside the grid lie a ComfyUI workflow and a Diffusers script that give the same, with what
+they draw from in inputs/.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from flux2_lora.errors import UserError
 from flux2_lora.families import ModelSpec, open_model
 from flux2_lora.inference.edit import Border, border_for, extend, soften
 from flux2_lora.inference.grid import Section, draw_grid
-from flux2_lora.inference.pack import save_picture
+from flux2_lora.inference.pack import save_inputs, save_picture, write_pack
 from flux2_lora.inference.pictures import fit, mask_of, read_picture
 from flux2_lora.inference.pipeline import Pipeline
 from flux2_lora.inference.request import (
@@ -36,6 +37,7 @@ from flux2_lora.inference.request import (
     settings_of,
 )
 from flux2_lora.inference.sampling import Recipe
+from flux2_lora.inference.starts import Start
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec
 from flux2_lora.training.progress import console
@@ -91,14 +93,15 @@ class Job:
 @program("edit")
 def main(config: EditConfig) -> None:
     job, folder = job_of(config), output_folder(config.output)
-    references = [read_picture(place, "references") for place in config.references]
+    shown = [read_picture(place, "references") for place in config.references]
     model, device = open_model(config.model), pick_device(config.device)
-    refuse_what_cannot_be(config, model, references=bool(references))
+    refuse_what_cannot_be(config, model, references=bool(shown))
     loras = read_chosen(config, model)
     if job.mask is not None and job.mask.getbbox() is None:
         console.print("the mask is empty: nothing is drawn anew, and the picture comes back as it is")
     pipeline = Pipeline.open(model, config.precision, loras, device, prompts=[config.prompt, config.negative_prompt])
     pipeline.recipe = config
+    references, start = [pipeline.as_seen(picture) for picture in shown], start_of(config, job, pipeline)
     columns = columns_of(config)
     columns = columns[1:] or columns
     results = []
@@ -107,22 +110,29 @@ def main(config: EditConfig) -> None:
     for heading, strengths in columns:
         if not config.merged:
             pipeline.use(strengths)
-        results.append(edited(config, job, pipeline, references))
+        results.append(
+            pipeline.draw_from(start, [config.prompt], strength=job.strength, references=references)[0]
+            if start is not None
+            else job.canvas
+        )
         console.print(f"{len(results)} of {len(columns)}: {heading}")
 
     folder.mkdir(parents=True, exist_ok=True)
+    files = portable(config.adapters, loras, model, folder, blocks=config.blocks)
     last = settings_of(
         model,
         config,
         prompt=config.prompt,
         size=(results[-1].height, results[-1].width),
-        adapters=list(zip(portable(config.adapters, loras, model, folder), columns[-1][1], strict=True)),
+        adapters=list(zip(files, columns[-1][1], strict=True)),
         mode=job.mode,
         strength=job.strength,
         references=len(references),
         blocks=config.blocks,
+        inputs=None if start is None else save_inputs(folder, start, references),
     )
     save_picture(results[-1], folder / "0000.png", last)
+    write_pack(folder, last)
     before = {"picture": job.picture} | ({} if job.mask is None else {"mask": job.mask})
     section = Section(
         columns=[*before, *(heading for heading, _ in columns)], rows=[(config.prompt, [*before.values(), *results])]
@@ -182,21 +192,13 @@ def border_of(config: EditConfig, picture: Image.Image) -> Border:
         raise UserError(f"ratio={config.ratio} is no ratio of width to height", "write ratio=16:9") from error
 
 
-def edited(config: EditConfig, job: Job, pipeline: Pipeline, references: list[Image.Image]) -> Image.Image:
-    """One result, with the adapters as they are set."""
+def start_of(config: EditConfig, job: Job, pipeline: Pipeline) -> Start | None:
+    """What all columns are drawn from; None where nothing is to be drawn anew."""
     if job.mode == "upscale":
-        return pipeline.upscale(job.canvas, config.prompt, factor=config.upscale, strength=job.strength)
+        return pipeline.to_upscale(job.canvas, factor=config.upscale)
     if job.mask is None:
-        return pipeline.redraw(job.canvas, config.prompt, strength=job.strength, references=references)
-    return pipeline.inpaint(
-        job.canvas,
-        job.mask,
-        config.prompt,
-        strength=job.strength,
-        crop=config.crop,
-        padding_px=job.padding_px,
-        references=references,
-    )
+        return pipeline.to_redraw(job.canvas)
+    return pipeline.to_inpaint(job.canvas, job.mask, crop=config.crop, padding_px=job.padding_px)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@
     flux2-lora sample prompts='[a red apple]' upscale=2                             draw, enlarge, refine in tiles
 
 Writes 0000.png, 0001.png, ... in the order of prompts (the last column), and grid.png with all of them; each picture
-carries its settings, and beside the grid lie a ComfyUI workflow and a Diffusers script that give the same.
+carries its settings, and beside the grid lie a ComfyUI workflow and a Diffusers script that give the same, with what
+they draw from in inputs/. An upscaled grid's draw the second half: from what was drawn, enlarged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from PIL import Image
@@ -20,7 +22,7 @@ from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError
 from flux2_lora.families import ModelSpec, open_model
 from flux2_lora.inference.grid import Section, draw_grid
-from flux2_lora.inference.pack import save_picture, write_pack
+from flux2_lora.inference.pack import save_inputs, save_picture, write_pack
 from flux2_lora.inference.pictures import read_picture
 from flux2_lora.inference.pipeline import Pipeline
 from flux2_lora.inference.request import (
@@ -34,6 +36,7 @@ from flux2_lora.inference.request import (
 )
 from flux2_lora.inference.sampling import Recipe
 from flux2_lora.inference.settings import TEXT_TO_IMAGE
+from flux2_lora.inference.starts import Start, of_size
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec
 from flux2_lora.training.progress import console
@@ -65,10 +68,10 @@ def main(config: SampleConfig) -> None:
     if not config.prompts:
         raise UserError("prompts=[] asks for no picture", "give prompts='[first prompt, second prompt]'")
     source = read_picture(config.image, "image") if config.image else None
-    references = [read_picture(place, "references") for place in config.references]
+    shown = [read_picture(place, "references") for place in config.references]
     model, device = open_model(config.model), pick_device(config.device)
-    refuse_what_cannot_be(config, model, references=bool(references))
-    if references and config.upscale > 1:
+    refuse_what_cannot_be(config, model, references=bool(shown))
+    if shown and config.upscale > 1:
         raise UserError("upscale refines without references", "draw first, then flux2-lora edit upscale=2")
     loras = read_chosen(config, model)
     prompts, folder = [*config.prompts, config.negative_prompt], output_folder(config.output)
@@ -77,52 +80,65 @@ def main(config: SampleConfig) -> None:
     height, width = (pipeline.whole_tokens(px) for px in (config.height, config.width))
     if (height, width) != (config.height, config.width):
         console.print(f"{config.width} x {config.height} px is rounded to {width} x {height}, which are whole tokens")
+    references = [pipeline.as_seen(picture) for picture in shown]
+    start = None if source is None else of_size(source, height, width)
 
     drawn: list[list[Image.Image]] = []
+    larger: list[Start] = []
     columns = columns_of(config)
     if config.merged:
         pipeline.merge(columns[-1][1])
     for heading, strengths in columns:
         if not config.merged:
             pipeline.use(strengths)
-        pictures = pipeline.generate(
-            config.prompts,
-            height=height,
-            width=width,
-            image=source,
-            strength=config.strength,
-            references=references,
-        )
+        if start is not None:
+            pictures = pipeline.draw_from(start, config.prompts, strength=config.strength, references=references)
+        else:
+            pictures = pipeline.generate(config.prompts, height=height, width=width, references=references)
         if config.upscale > 1:
-            pictures = [
-                pipeline.upscale(picture, prompt, factor=config.upscale, strength=config.refine_strength)
-                for picture, prompt in zip(pictures, config.prompts, strict=True)
-            ]
+            larger = [pipeline.to_upscale(picture, factor=config.upscale) for picture in pictures]
+            pictures = refined(config, pipeline, larger)
         drawn.append(pictures)
         console.print(f"{len(drawn)} of {len(columns)}: {heading}")
 
     folder.mkdir(parents=True, exist_ok=True)
-    files = portable(config.adapters, loras, model, folder)
-    size = (height, width) if config.upscale == 1 else drawn[-1][0].size[::-1]
-    refined = config.refine_strength if config.upscale > 1 else None
+    files = portable(config.adapters, loras, model, folder, blocks=config.blocks)
+    begun: Sequence[Start | None] = larger or [start] * len(config.prompts)
+    inputs = [save_inputs(folder, one, references) if one is not None or references else None for one in begun]
+    mode, strength = mode_of(config)
     last = settings_of(
         model,
         config,
         prompt=config.prompts[0],
-        size=size,
+        size=drawn[-1][0].size[::-1],
         adapters=list(zip(files, columns[-1][1], strict=True)),
-        mode="upscale" if config.upscale > 1 else "image to image" if source is not None else TEXT_TO_IMAGE,
-        strength=config.strength if source is not None else refined,
+        mode=mode,
+        strength=strength,
         references=len(references),
         blocks=config.blocks,
+        inputs=inputs[0],
     )
-    for index, (prompt, picture) in enumerate(zip(config.prompts, drawn[-1], strict=True)):
-        save_picture(picture, folder / f"{index:04d}.png", replace(last, prompt=prompt))
-    write_pack(folder, last, prompts=config.prompts)
+    each = [replace(last, prompt=prompt, inputs=own) for prompt, own in zip(config.prompts, inputs, strict=True)]
+    for index, (settings, picture) in enumerate(zip(each, drawn[-1], strict=True)):
+        save_picture(picture, folder / f"{index:04d}.png", settings)
+    write_pack(folder, *each)
     title = f"{config.model.title}, seed {config.seed}, {config.steps} steps"
     rows = list(zip(config.prompts, zip(*drawn, strict=True), strict=True))
     draw_grid(title, [Section(columns=[heading for heading, _ in columns], rows=rows)]).save(folder / "grid.png")
     console.print(f"grid      {folder / 'grid.png'}")
+
+
+def refined(config: SampleConfig, pipeline: Pipeline, larger: Sequence[Start]) -> list[Image.Image]:
+    """The enlarged pictures, drawn anew from `refine_strength` down."""
+    pairs = zip(larger, config.prompts, strict=True)
+    return [pipeline.draw_from(start, [prompt], strength=config.refine_strength)[0] for start, prompt in pairs]
+
+
+def mode_of(config: SampleConfig) -> tuple[str, float | None]:
+    """What the grid's pictures were drawn as last, and how much of what they were drawn from was redrawn."""
+    if config.upscale > 1:
+        return "upscale", config.refine_strength
+    return (TEXT_TO_IMAGE, None) if config.image is None else ("image to image", config.strength)
 
 
 if __name__ == "__main__":

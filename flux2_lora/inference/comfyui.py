@@ -9,14 +9,14 @@ Diffusers pads to, where ComfyUI would stop at 256. tests/parity/test_comfyui.py
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flux2_lora.flow import linear_mu
 from flux2_lora.inference.comfyui_graph import Graph, Node
+from flux2_lora.inference.comfyui_inputs import add_finish, add_references, add_start, differences, input_files
+from flux2_lora.inference.levels import levels_of, written
 from flux2_lora.inference.settings import Settings, last_part
-from flux2_lora.samplers import schedule
 
 # Where a released model's file has another name than its folder on the hub.
 _FILES = {
@@ -33,14 +33,14 @@ _T5, _LONGEST = "t5xxl_fp16.safetensors", 512
 
 
 def comfyui_api(settings: Settings) -> dict[str, Any]:
-    """The workflow as ComfyUI's /prompt takes it, with its note beside the first node's title. Of text to image."""
+    """The workflow as ComfyUI's /prompt takes it, with its note beside the first node's title."""
     nodes = _drawn(settings).as_api()
     nodes["1"]["_meta"]["note"] = _note(settings)
     return nodes
 
 
 def comfyui_ui(settings: Settings) -> dict[str, Any]:
-    """The workflow as ComfyUI's editor opens and saves it. Of text to image."""
+    """The workflow as ComfyUI's editor opens and saves it."""
     return _drawn(settings).as_ui(_note(settings))
 
 
@@ -58,9 +58,12 @@ def _note(settings: Settings) -> str:
             f"{settings.model_title}, written by flux2-lora {settings.version}. Looks for these files:",
             "",
             *files,
+            *(f"- input/{name}" for name in input_files(settings)),
             "",
+            *(["Those of input/ lie in the folder `inputs` beside the picture: copy them."] if settings.inputs else []),
             "Where yours have other names, choose them in the loaders. Weights of lower precision change the picture.",
             *_differences(settings),
+            *differences(settings),
         ]
     )
 
@@ -84,28 +87,40 @@ def _drawn(settings: Settings) -> Graph:
         model = graph.add("LoraLoaderModelOnly", model=model, lora_name=last_part(file), strength_model=strength)
     clip = recipe.text(graph, settings)
     vae = graph.add("VAELoader", vae_name=recipe.vae)
-    guider = _guider(graph, settings, model, clip)
+    start = add_start(graph, settings, vae)
+    if start is None:
+        sigmas, latents = recipe.sigmas(graph, settings), _empty(graph, settings, recipe.latents)
+    else:
+        sigmas, latents = _our_sigmas(graph, settings), start
     sampled = graph.add(
         "SamplerCustomAdvanced",
         noise=graph.add("RandomNoise", noise_seed=settings.seed),
-        guider=guider,
+        guider=_guider(graph, settings, model, clip, add_references(graph, settings, vae)),
         sampler=graph.add("KSamplerSelect", sampler_name=settings.sampler),
-        sigmas=recipe.sigmas(graph, settings),
-        latent_image=graph.add(recipe.latents, width=settings.drawn_width, height=settings.drawn_height, batch_size=1),
+        sigmas=sigmas,
+        latent_image=latents,
     )
     picture = graph.add("VAEDecode", samples=sampled, vae=vae)
+    if start is not None:
+        picture = add_finish(graph, settings, picture)
     graph.add("SaveImage", images=picture, filename_prefix="flux2-lora")
     return graph
 
 
-def _guider(graph: Graph, settings: Settings, model: Node, clip: Node) -> Node:
-    """Both prompts get the embedded guidance, as in Diffusers' FluxPipeline."""
+def _empty(graph: Graph, settings: Settings, kind: str) -> Node:
+    return graph.add(kind, width=settings.drawn_width, height=settings.drawn_height, batch_size=1)
+
+
+def _guider(graph: Graph, settings: Settings, model: Node, clip: Node, references: Sequence[Node]) -> Node:
+    """Both prompts get the embedded guidance, as in Diffusers' FluxPipeline, and look at all references."""
 
     def conditioning(text: str, title: str) -> Node:
-        encoded = graph.add("CLIPTextEncode", title=title, clip=clip, text=_plain(text))
-        if settings.guidance is None:
-            return encoded
-        return graph.add("FluxGuidance", conditioning=encoded, guidance=settings.guidance)
+        made = graph.add("CLIPTextEncode", title=title, clip=clip, text=_plain(text))
+        if settings.guidance is not None:
+            made = graph.add("FluxGuidance", conditioning=made, guidance=settings.guidance)
+        for reference in references:
+            made = graph.add("ReferenceLatent", conditioning=made, latent=reference)
+        return made
 
     positive = conditioning(settings.prompt, "Prompt")
     if settings.negative is None:
@@ -144,11 +159,9 @@ def _flux2_sigmas(graph: Graph, settings: Settings) -> Node:
     return graph.add("Flux2Scheduler", steps=settings.steps, width=width, height=height)
 
 
-def _flux1_sigmas(graph: Graph, settings: Settings) -> Node:
-    """Our own numbers, in digits without an exponent, which ManualSigmas would take for two numbers."""
-    tokens = settings.drawn_height * settings.drawn_width // 256
-    sigmas = schedule(settings.steps, 0.0 if settings.guidance is None else linear_mu(tokens))
-    return graph.add("ManualSigmas", sigmas=", ".join(f"{sigma:.9f}" for sigma in sigmas.tolist()))
+def _our_sigmas(graph: Graph, settings: Settings) -> Node:
+    """Our own numbers, which ManualSigmas takes without an exponent."""
+    return graph.add("ManualSigmas", sigmas=", ".join(written(levels_of(settings))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +183,7 @@ RECIPES: Mapping[str, _Recipe] = {
         text=_t5_clip,
         vae="ae.safetensors",
         latents="EmptySD3LatentImage",
-        sigmas=_flux1_sigmas,
+        sigmas=_our_sigmas,
         note="The sigmas are those of this size and these steps; for others, draw a picture of that size here.",
     ),
     "flux2_dev": _Recipe(

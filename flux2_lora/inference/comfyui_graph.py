@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _COLUMN_PX, _GAP_PX, _NOTE_PX = 400, 80, 360
+_OWN_FIELDS: Mapping[str, list[str]] = {"RandomNoise": ["fixed"], "LoadImage": ["image"], "LoadImageMask": ["image"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,44 @@ KINDS: Mapping[str, Kind] = {
     ),
     "EmptySD3LatentImage": Kind(
         title="EmptySD3LatentImage", widgets=("width", "height", "batch_size"), outputs={"LATENT": "LATENT"}
+    ),
+    "LoadImage": Kind(title="Load Image", widgets=("image",), outputs={"IMAGE": "IMAGE", "MASK": "MASK"}),
+    "LoadImageMask": Kind(title="Load Image (as Mask)", widgets=("image", "channel"), outputs={"MASK": "MASK"}),
+    "VAEEncode": Kind(title="VAE Encode", sockets={"pixels": "IMAGE", "vae": "VAE"}, outputs={"LATENT": "LATENT"}),
+    "RepeatLatentBatch": Kind(
+        title="Repeat Latent Batch", sockets={"samples": "LATENT"}, widgets=("amount",), outputs={"LATENT": "LATENT"}
+    ),
+    "LatentFromBatch": Kind(
+        title="Latent From Batch",
+        sockets={"samples": "LATENT"},
+        widgets=("batch_index", "length"),
+        outputs={"LATENT": "LATENT"},
+    ),
+    "SetLatentNoiseMask": Kind(
+        title="Set Latent Noise Mask", sockets={"samples": "LATENT", "mask": "MASK"}, outputs={"LATENT": "LATENT"}
+    ),
+    "ReferenceLatent": Kind(
+        title="ReferenceLatent",
+        sockets={"conditioning": "CONDITIONING", "latent": "LATENT"},
+        outputs={"CONDITIONING": "CONDITIONING"},
+    ),
+    "ImageCrop": Kind(
+        title="Image Crop",
+        sockets={"image": "IMAGE"},
+        widgets=("width", "height", "x", "y"),
+        outputs={"IMAGE": "IMAGE"},
+    ),
+    "ImageScale": Kind(
+        title="Upscale Image",
+        sockets={"image": "IMAGE"},
+        widgets=("upscale_method", "width", "height", "crop"),
+        outputs={"IMAGE": "IMAGE"},
+    ),
+    "ImageCompositeMasked": Kind(
+        title="ImageCompositeMasked",
+        sockets={"destination": "IMAGE", "source": "IMAGE", "mask": "MASK"},
+        widgets=("x", "y", "resize_source"),
+        outputs={"IMAGE": "IMAGE"},
     ),
     "SamplerCustomAdvanced": Kind(
         title="SamplerCustomAdvanced",
@@ -221,14 +260,16 @@ def _ui_note(text: str, number: int) -> dict[str, Any]:
 
 
 def _fields(node: Node) -> list[Any]:
-    """Values in the order of the node's fields; the editor's own field behind a seed says that it stays."""
+    """Values in the order of the node's fields, behind a seed and a file that of the editor's own: stay, upload."""
     values = [node.inputs[name] for name in KINDS[node.kind].widgets]
     if node.kind == "CLIPTextEncode":
         return [re.sub(r"([{}])", r"\\\1", text) for text in values]  # braces are a choice of words to the editor
-    return [*values, "fixed"] if node.kind == "RandomNoise" else values
+    return [*values, *_OWN_FIELDS.get(node.kind, [])]
 
 
 def _height_px(kind: str) -> int:
     known = KINDS[kind]
-    rows = max(len(known.sockets), len(known.outputs)) + len(known.widgets) + (kind == "RandomNoise")
-    return 30 + 26 * rows + {"CLIPTextEncode": 120, "SaveImage": 260}.get(kind, 0)
+    rows = max(len(known.sockets), len(known.outputs)) + len(known.widgets) + len(_OWN_FIELDS.get(kind, []))
+    return (
+        30 + 26 * rows + {"CLIPTextEncode": 120, "SaveImage": 260, "LoadImage": 260, "LoadImageMask": 260}.get(kind, 0)
+    )

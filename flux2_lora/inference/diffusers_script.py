@@ -7,9 +7,20 @@ embedding, is handed T5's states. Heun's method on these sigmas is not there eit
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from flux2_lora.inference.diffusers_inputs import (
+    arguments_of,
+    before_offload,
+    begin_of,
+    behind_offload,
+    finish_of,
+    imports_of,
+    pictures_of,
+    redraws,
+)
 from flux2_lora.inference.settings import Settings
 
 _HEUN = '''
@@ -38,31 +49,49 @@ def t5(text):
     return pipeline.text_encoder(tokens.input_ids.to(pipeline._execution_device))[0]
 """
 
+_LARGE = """\
+pipeline.vae.enable_tiling()
+pipeline.vae.tile_sample_min_size, pipeline.vae.tile_latent_min_size = 1024, 128"""
 
-def diffusers_script(settings: Settings, *, prompts: Sequence[str] = ()) -> str:
-    """The program's text, which saves diffusers-0000.png, ... where it is started. Of text to image.
 
-    prompts: several pictures of the same settings; that of `settings` alone where empty.
+def diffusers_script(settings: Settings, *others: Settings) -> str:
+    """The program's text, which saves diffusers-0000.png, ... where it is started.
+
+    others: more pictures, which differ in prompt and inputs.
     """
-    pipeline, heun = _pipeline(settings), settings.sampler == "heun"
-    transformer = _transformer(settings)
-    classes = [pipeline]
-    classes += ["FlowMatchEulerDiscreteScheduler"] if heun else []
-    classes += [transformer] if transformer else []
+    pipeline, transformer = _pipeline(settings), _transformer(settings)
     parts = [
         f'"""{_quiet(settings.model_title)}: the pictures that flux2-lora {settings.version} drew."""\n',
-        f"import torch\nfrom diffusers import {', '.join(sorted(classes))}\n",
-        f"{_HEUN}\n" if heun else "",
+        _imports(settings, [pipeline, *([transformer] if transformer else [])]),
+        f"{_HEUN}\n" if settings.sampler == "heun" else "",
         "torch.set_grad_enabled(False)",
         "dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32",
         _loading(settings, pipeline, transformer),
-        "pipeline.scheduler = Heun.from_config(pipeline.scheduler.config)" if heun else "",
+        _scheduler(settings),
         _adapters(settings),
+        _LARGE if max(settings.drawn_height, settings.drawn_width) > 1024 or settings.references else "",
+        *before_offload(settings),
         "if torch.cuda.is_available():\n    pipeline.enable_model_cpu_offload()\n",
         f"{_T5.format(length=_length(settings))}\n" if settings.family == "flux2_small" else "",
-        _drawing(settings, pipeline, list(prompts) or [settings.prompt]),
+        *behind_offload(settings),
+        _drawing(settings, pipeline, [settings, *others]),
     ]
-    return "\n".join(part for part in parts if part)
+    return re.sub(r"\n{4,}", "\n\n\n", "\n".join(part for part in parts if part))
+
+
+def _imports(settings: Settings, classes: Sequence[str]) -> str:
+    scheduler = ["FlowMatchEulerDiscreteScheduler"] if settings.sampler == "heun" or redraws(settings) else []
+    before, behind = imports_of(settings)
+    names = ", ".join(sorted([*classes, *scheduler]))
+    return "\n".join([*before, f"import torch\nfrom diffusers import {names}", *behind, ""])
+
+
+def _scheduler(settings: Settings) -> str:
+    """Where a picture is redrawn, one that takes the noise levels as they are."""
+    kind = "Heun" if settings.sampler == "heun" else "FlowMatchEulerDiscreteScheduler"
+    if redraws(settings):
+        return f"pipeline.scheduler = {kind}()  # the sigmas below are shifted already"
+    return f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config)" if kind == "Heun" else ""
 
 
 def _pipeline(settings: Settings) -> str:
@@ -114,8 +143,8 @@ def _length(settings: Settings) -> str:
     return str(settings.max_sequence_length or "min(pipeline.tokenizer.model_max_length, 512)")
 
 
-def _drawing(settings: Settings, pipeline: str, prompts: list[str]) -> str:
-    lines = ["prompts = [", *(f"    {_text(prompt)}," for prompt in prompts), "]"]
+def _drawing(settings: Settings, pipeline: str, drawn: Sequence[Settings]) -> str:
+    lines = ["prompts = [", *(f"    {_text(one.prompt)}," for one in drawn), "]"]
     t5 = settings.family == "flux2_small"
     call = {"prompt_embeds": "t5(prompt)"} if t5 else {"prompt": "prompt"}
     if settings.negative is not None:
@@ -128,19 +157,24 @@ def _drawing(settings: Settings, pipeline: str, prompts: list[str]) -> str:
         call["guidance_scale"] = repr(settings.guidance)
     if settings.max_sequence_length and not t5:
         call["max_sequence_length"] = repr(settings.max_sequence_length)
-    call |= {
-        "height": repr(settings.drawn_height),
-        "width": repr(settings.drawn_width),
-        "num_inference_steps": repr(settings.steps),
-        "generator": f'torch.Generator("cpu").manual_seed({settings.seed})',
-    }
+    call |= {"height": repr(settings.drawn_height), "width": repr(settings.drawn_width)}
+    if not redraws(settings):
+        call["num_inference_steps"] = repr(settings.steps)
+        call["generator"] = f'torch.Generator("cpu").manual_seed({settings.seed})'
+    call |= arguments_of(settings)
+    each = (
+        "(prompt, name) in enumerate(zip(prompts, pictures))" if redraws(settings) else "prompt in enumerate(prompts)"
+    )
     return "\n".join(
         [
             *lines,
-            "for number, prompt in enumerate(prompts):",
+            *pictures_of(drawn),
+            f"for number, {each}:",
+            *(f"    {line}" for line in begin_of(settings)),
             "    picture = pipeline(",
             *(f"        {name}={value}," for name, value in call.items()),
             "    ).images[0]",
+            *(f"    {line}" for line in finish_of(settings)),
             '    picture.save(f"diffusers-{number:04d}.png")\n',
         ]
     )

@@ -1,9 +1,8 @@
-"""Inpaint and outpaint: generate inside a mask, and give back the rest as it came.
+"""Masks and canvases of inpaint and outpaint: what is painted, and how the rest comes back as it was.
 
 At every step the kept region is put back at the current noise level (Lugmayr et al. 2022, arXiv:2201.09865, alg. 1
 without resampling), so what is painted meets what is kept. In the end the decoded picture is laid over the original
-through the mask: where the mask is 0 the original's bytes come back untouched, and what the autoencoder changed along
-the border is taken off what was painted, so no seam shows.
+through the mask: where the mask is 0 the original's bytes come back untouched, and no seam shows (see `seams`).
 """
 
 from __future__ import annotations
@@ -14,18 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from flux2_lora.families import ModelFamily
 from flux2_lora.flow import mix
-from flux2_lora.inference.pictures import decoded, encoded, to_pictures, to_pixels
-from flux2_lora.inference.sampling import Prompted, generate, start_and_noise
+from flux2_lora.inference import seams
+from flux2_lora.inference.pictures import to_pictures, to_pixels
 from flux2_lora.options import option
 from flux2_lora.samplers import OnStep
 
 Box = tuple[int, int, int, int]
-_FADE_PX, _ALONG_PX = 12, 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,91 +91,6 @@ def around(mask: Image.Image, padding_px: int) -> Box | None:
 
 
 def lay_over(original: Image.Image, painted: Image.Image, mask: Image.Image) -> Image.Image:
-    """original where mask is 0 (bytes unchanged), painted where it is 255, rounded mixtures between.
-
-    Two membranes (after Pérez et al. 2003, Poisson image editing, section 3) take the seam off what was painted: what
-    the autoencoder changed in the kept region, continued into the mask; and what still steps at the border itself,
-    which fades within a few pixels.
-    """
+    """original where the grey mask is 0 (bytes unchanged), painted where it is 255, rounded mixtures between."""
     weight = torch.from_numpy(np.array(mask))[None, None].float() / 255
-    below, above = to_pixels(original), to_pixels(painted)
-    kept = weight == 0
-    if kept.any():
-        above = above + _membrane(below - above, kept)
-        above = above + _fading(kept) * _membrane(*_steps(below, above, kept))
-    mixed = below + weight * (above - below)
-    return to_pictures(torch.where(kept, below, mixed))[0]
-
-
-def _steps(below: Tensor, above: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """(kept neighbours minus what was painted, where that is known: along the border).
-
-    Averaged along the border, so that a line which crosses it is no step.
-    """
-    border = ~kept & (F.max_pool2d(kept.float(), 3, stride=1, padding=1) > 0)
-    steps = _mean_nearby(below, kept, 3) - above
-    return torch.where(border, _mean_nearby(steps, border, _ALONG_PX), 0.0), border
-
-
-def _mean_nearby(values: Tensor, there: Tensor, window: int) -> Tensor:
-    """The mean of the values that are there, within a window about each pixel; 0 where none is."""
-    part = F.avg_pool2d(there.float(), window, stride=1, padding=window // 2)
-    total = F.avg_pool2d(values * there, window, stride=1, padding=window // 2)
-    return total / part.clamp_min(1e-6)
-
-
-def _fading(kept: Tensor) -> Tensor:
-    """[1 1 h w]: 1 at the border of what is kept, falling to 0 over `_FADE_PX` into the mask."""
-    inside, weight = kept.float(), torch.zeros_like(kept, dtype=torch.float32)
-    for _ in range(_FADE_PX):
-        inside = F.max_pool2d(inside, 3, stride=1, padding=1)
-        weight += inside / _FADE_PX
-    return weight
-
-
-def _membrane(values: Tensor, known: Tensor) -> Tensor:
-    """values [1 c h w] where known [1 1 h w], elsewhere a smooth field between them: pull to a pyramid's top, push."""
-    if bool(known.all()) or not bool(known.any()):
-        return values
-    pool = {"kernel_size": 2, "ceil_mode": True, "count_include_pad": False}
-    counts = F.avg_pool2d(known.float(), **pool)  # type: ignore[arg-type]
-    smaller = F.avg_pool2d(values * known, **pool) / counts.clamp_min(1e-6)  # type: ignore[arg-type]
-    coarse = _membrane(smaller, counts > 0)
-    spread = F.interpolate(coarse, size=values.shape[2:], mode="bilinear", align_corners=False)
-    return torch.where(known, values, spread)
-
-
-@torch.no_grad()
-def inpaint(
-    family: ModelFamily,
-    transformer: nn.Module,
-    vae: nn.Module,
-    prompted: Prompted,
-    picture: Image.Image,
-    mask: Image.Image,
-    steps: int,
-    *,
-    seed: int = 0,
-    strength: float = 1.0,
-    sampler: str = "euler",
-) -> Image.Image:
-    """Repaint `picture` where the grey `mask`, of its size, is bright; an empty mask gives the picture back."""
-    if mask.getbbox() is None:
-        return picture
-    side, device = family.pixels_per_token, prompted.positive.embeds.device
-    whole, bright = padded(picture, side), padded(mask, side)
-    latents, noise = start_and_noise(family, encoded(family, vae, whole, device), seed)
-    grey = torch.from_numpy(np.array(bright))[None, None].float().to(device) / 255
-    result = generate(
-        family,
-        transformer,
-        prompted,
-        noise,
-        steps,
-        start=latents,
-        strength=strength,
-        sampler=sampler,
-        on_step=keep_outside(F.max_pool2d(grey, side), latents, noise),
-    )
-    painted = decoded(family, vae, result)[0].crop((0, 0, picture.width, picture.height))
-    return lay_over(picture, painted, mask)
+    return to_pictures(seams.lay_over(to_pixels(original), to_pixels(painted), weight))[0]

@@ -11,7 +11,7 @@ given is as the model's authors sample it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,15 @@ from flux2_lora.conditioning import Conditioning, stack
 from flux2_lora.devices import pick_device
 from flux2_lora.errors import UserError
 from flux2_lora.families import Model, ModelFamily, ModelSpec, open_model
-from flux2_lora.inference.edit import Border, around, border_for, extend, inpaint, padded, soften
+from flux2_lora.inference import starts
+from flux2_lora.inference.edit import Border, around, border_for, extend, soften
 from flux2_lora.inference.memory import most_at_once, needed_bytes
 from flux2_lora.inference.pictures import decoded, encoded, fit, mask_of
-from flux2_lora.inference.sampling import Prompted, Recipe, generate, initial_noise, split_to_fit, start_and_noise
+from flux2_lora.inference.sampling import Prompted, Recipe, generate, initial_noise, split_to_fit
+from flux2_lora.inference.starts import Start
 from flux2_lora.lora_files import read_loras
 from flux2_lora.options import from_mapping
 from flux2_lora.quantize import PrecisionSpec, load_frozen
-from flux2_lora.samplers import from_level
 
 _LARGEST_REFERENCE = 1024 * 1024  # px
 
@@ -136,39 +137,18 @@ class Pipeline:
         height, width: px, cut to whole tokens; null for the model's own. strength: how much of `image` is redrawn, in
         [0, 1]. references: pictures to look at, in families that take them. All prompts are drawn from the same seed.
         """
-        how, side = self._recipe(recipe, strength), self.model.spec.resolution
+        side, texts = self.model.spec.resolution, [prompt] if isinstance(prompt, str) else list(prompt)
         size = self.whole_tokens(height or side), self.whole_tokens(width or side)
-        looked_at = [self._latents(reference) for reference in references]
-        posterior = None if image is None else encoded(self.family, self.vae, fit(image, *size), self.device)
-
-        def draw(prompts: Sequence[str]) -> list[Image.Image]:
-            start, noise = None, initial_noise(self.family, *size, [how.seed]).to(self.device)
-            if posterior is not None:
-                start, noise = start_and_noise(self.family, posterior, how.seed)
-            latents = generate(
-                self.family,
-                self.transformer,
-                self._prompted(prompts, how, looked_at),
-                noise.expand(len(prompts), -1, -1, -1),
-                how.steps,
-                start=start,
-                strength=strength if start is not None else 1.0,
-                sampler=how.sampler,
-            )
-            return decoded(self.family, self.vae, latents)
-
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        self._encode(texts, how)
-        most = self._most_at_once(*size, references=looked_at)
-        parts = [texts[start : start + most] for start in range(0, len(texts), most)]
-        pictures = [picture for part in parts for picture in split_to_fit(draw, part)]
+        if image is not None:
+            start = starts.of_size(image, *size)
+            pictures = self.draw_from(start, texts, strength=strength, references=references, **recipe)
+        else:
+            pictures = self._from_prompts(texts, size, references, replace(self.recipe, **recipe))
         return pictures[0] if isinstance(prompt, str) else pictures
 
-    def redraw(self, image: Image.Image, prompt: str, **options: Any) -> Image.Image:
-        """Image to image at the picture's own size. options: strength, references and those of a recipe."""
-        whole = padded(image.convert("RGB"), self.family.pixels_per_token)
-        drawn = self.generate(prompt, height=whole.height, width=whole.width, image=whole, **options)
-        return drawn.crop((0, 0, image.width, image.height))
+    def redraw(self, image: Image.Image, prompt: str, *, strength: float = 0.6, **options: Any) -> Image.Image:
+        """Image to image at the picture's own size. options: references and those of a recipe."""
+        return self.draw_from(self.to_redraw(image), [prompt], strength=strength, **options)[0]
 
     def inpaint(
         self,
@@ -180,45 +160,18 @@ class Pipeline:
         feather_px: int = 0,
         crop: str = "auto",
         padding_px: int = 64,
-        references: Sequence[Image.Image] = (),
-        **recipe: Any,
+        **options: Any,
     ) -> Image.Image:
         """Repaint where `mask` is bright or transparent; every other pixel of `image` comes back as it was.
 
         A mask of another size is resized. feather_px: fade inwards over so many pixels. crop: always, never, or auto:
         work only on what lies within `padding_px` of the mask, enlarged to the area that the model draws, where the
-        picture is larger than that.
+        picture is larger than that. options: references and those of a recipe.
         """
-        how, picture = self._recipe(recipe, strength), image.convert("RGB")
-        drawn = soften(mask_of(mask).resize(picture.size, Image.Resampling.BILINEAR), feather_px)
-        box = around(drawn, padding_px)
-        if box is None:
-            return picture
-        area = self.model.spec.resolution**2
-        cropped = crop == "always" or (crop == "auto" and picture.width * picture.height > area)
-        box = box if cropped else (0, 0, *picture.size)
-        part, bright = picture.crop(box), drawn.crop(box)
-        scale = max((area / (part.width * part.height)) ** 0.5, 1.0) if cropped else 1.0
-        size = round(part.width * scale), round(part.height * scale)
-        looked_at = [self._latents(reference) for reference in references]
-        self._encode([prompt], how)
-        self._most_at_once(size[1], size[0], references=looked_at)
-        painted = inpaint(
-            self.family,
-            self.transformer,
-            self.vae,
-            self._prompted([prompt], how, looked_at),
-            part.resize(size, Image.Resampling.LANCZOS),
-            bright.resize(size, Image.Resampling.BILINEAR),
-            how.steps,
-            seed=how.seed,
-            strength=strength,
-            sampler=how.sampler,
-        ).resize(part.size, Image.Resampling.LANCZOS)
-        result = picture.copy()
-        kept = bright.point(lambda value: 255 * (value > 0))
-        result.paste(painted, box[:2], kept)
-        return result
+        start = self.to_inpaint(image, mask, feather_px=feather_px, crop=crop, padding_px=padding_px)
+        if start is None:
+            return image.convert("RGB")
+        return self.draw_from(start, [prompt], strength=strength, **options)[0]
 
     def outpaint(
         self,
@@ -247,39 +200,90 @@ class Pipeline:
         self, image: Image.Image, prompt: str, *, factor: float = 2.0, strength: float = 0.35, **recipe: Any
     ) -> Image.Image:
         """Enlarge, and refine from the noise level `strength` in overlapping tiles of the size that the model draws."""
-        how, side = self._recipe(recipe, strength), self.family.pixels_per_token
-        size = round(image.width * factor), round(image.height * factor)
-        self._encode([prompt], how)
-        self._most_at_once(size[1], size[0], tile_px=self.model.spec.resolution)
-        large = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-        posterior = encoded(self.family, self.vae, padded(large, side), self.device)
-        start, noise = start_and_noise(self.family, posterior, how.seed)
-        latents = generate(
-            self.family,
-            self.transformer,
-            self._prompted([prompt], how),
-            noise,
-            how.steps,
-            start=start,
-            sampler=how.sampler,
-            sigmas=from_level(how.steps, strength),
-            tile=self.model.spec.resolution // side,
-        )
-        return decoded(self.family, self.vae, latents)[0].crop((0, 0, *size))
+        return self.draw_from(self.to_upscale(image, factor=factor), [prompt], strength=strength, **recipe)[0]
+
+    def to_redraw(self, image: Image.Image) -> Start:
+        """What `redraw` draws from."""
+        return starts.whole(image, self.family.pixels_per_token)
+
+    def to_inpaint(
+        self, image: Image.Image, mask: Image.Image, *, feather_px: int = 0, crop: str = "auto", padding_px: int = 64
+    ) -> Start | None:
+        """What `inpaint` draws from; None for an empty mask."""
+        picture = image.convert("RGB")
+        drawn = soften(mask_of(mask).resize(picture.size, Image.Resampling.BILINEAR), feather_px)
+        box, area, step = around(drawn, padding_px), self.model.spec.resolution**2, self.family.pixels_per_token
+        if box is None:
+            return None
+        if crop == "never" or (crop == "auto" and picture.width * picture.height <= area):
+            return starts.under_mask(picture, drawn, step, box=(0, 0, *picture.size))
+        left, top, right, bottom = box
+        scale = max((area / ((right - left) * (bottom - top))) ** 0.5, 1.0)
+        return starts.under_mask(picture, drawn, step, box=box, scale=scale)
+
+    def to_upscale(self, image: Image.Image, *, factor: float) -> Start:
+        """What `upscale` draws from; UserError where the result would not fit in memory."""
+        height, width = round(image.height * factor), round(image.width * factor)
+        side, step = self.model.spec.resolution, self.family.pixels_per_token
+        self._most_at_once(height, width, tile_px=side)
+        return starts.enlarged(image, height, width, step, side // step)
+
+    def draw_from(
+        self,
+        start: Start,
+        prompts: Sequence[str],
+        *,
+        strength: float,
+        references: Sequence[Image.Image] = (),
+        **recipe: Any,
+    ) -> list[Image.Image]:
+        """A picture for each prompt. strength: how much of the start is redrawn, in [0, 1]."""
+        if not 0 <= strength <= 1:
+            raise UserError(f"strength={strength:g} is out of range", "give a number from 0 to 1")
+        how, step = replace(self.recipe, **recipe), self.family.pixels_per_token
+        looked_at = [self._latents(reference) for reference in references]
+        tile_px = None if start.tile is None else start.tile * step
+
+        def draw(part: Sequence[str]) -> list[Image.Image]:
+            return starts.draw_from(
+                start,
+                self.family,
+                self.transformer,
+                self.vae,
+                self._prompted(part, how, looked_at),
+                how.steps,
+                seed=how.seed,
+                strength=strength,
+                sampler=how.sampler,
+            )
+
+        self._encode(prompts, how)
+        most = self._most_at_once(start.height, start.width, tile_px=tile_px, references=looked_at)
+        return _in_parts(draw, prompts, most)
+
+    def _from_prompts(
+        self, prompts: Sequence[str], size: tuple[int, int], references: Sequence[Image.Image], how: Recipe
+    ) -> list[Image.Image]:
+        """Text to image at a size (height, width) of whole tokens."""
+        looked_at = [self._latents(reference) for reference in references]
+
+        def draw(part: Sequence[str]) -> list[Image.Image]:
+            noise = initial_noise(self.family, *size, [how.seed]).to(self.device).expand(len(part), -1, -1, -1)
+            prompted = self._prompted(part, how, looked_at)
+            latents = generate(self.family, self.transformer, prompted, noise, how.steps, sampler=how.sampler)
+            return decoded(self.family, self.vae, latents)
+
+        self._encode(prompts, how)
+        return _in_parts(draw, prompts, self._most_at_once(*size, references=looked_at))
 
     def _most_at_once(
         self, height_px: int, width_px: int, *, tile_px: int | None = None, references: Sequence[Tensor] = ()
     ) -> int:
-        text = max(text.embeds.shape[1] for text in self._texts.values())
+        text = max((text.embeds.shape[1] for text in self._texts.values()), default=0)
         others = text + sum(reference[0, 0].numel() for reference in references)
         parts = self.transformer, self.vae, self.device
         needed = partial(needed_bytes, *parts, other_tokens=others, tile_px=tile_px)
         return most_at_once(needed, self.device, height_px, width_px)
-
-    def _recipe(self, changes: Mapping[str, Any], strength: float) -> Recipe:
-        if not 0 <= strength <= 1:
-            raise UserError(f"strength={strength:g} is out of range", "give a number from 0 to 1")
-        return replace(self.recipe, **changes)
 
     def _prompted(self, prompts: Sequence[str], how: Recipe, references: Sequence[Tensor] = ()) -> Prompted:
         return Prompted(
@@ -301,15 +305,27 @@ class Pipeline:
             self.model, [text for text in (*prompts, how.negative_prompt) if text not in self._texts], self.device
         )
 
+    def as_seen(self, reference: Image.Image) -> Image.Image:
+        """A reference as the model looks at it: of no more px than Diffusers shows, its sides whole tokens."""
+        picture = reference.convert("RGB")
+        shrink = min((_LARGEST_REFERENCE / (picture.width * picture.height)) ** 0.5, 1.0)
+        width, height = (self.whole_tokens(int(px * shrink)) for px in picture.size)
+        return fit(picture, height, width)
+
     def _latents(self, reference: Image.Image) -> Tensor:
         if not self.family.takes_references:
             raise UserError(
                 f"{self.model.spec.title} looks at no reference pictures", "use a model of flux2_klein or flux2_dev"
             )
-        picture = reference.convert("RGB")
-        shrink = min((_LARGEST_REFERENCE / (picture.width * picture.height)) ** 0.5, 1.0)  # as Diffusers does
-        width, height = (self.whole_tokens(int(px * shrink)) for px in picture.size)
-        return encoded(self.family, self.vae, fit(picture, height, width), self.device).mean
+        return encoded(self.family, self.vae, self.as_seen(reference), self.device).mean
+
+
+def _in_parts(
+    draw: Callable[[Sequence[str]], list[Image.Image]], prompts: Sequence[str], most: int
+) -> list[Image.Image]:
+    """All pictures, in batches of at most so many, smaller where memory turns out to be short."""
+    parts = [prompts[start : start + most] for start in range(0, len(prompts), most)]
+    return [picture for part in parts for picture in split_to_fit(draw, part)]
 
 
 def _encode(model: Model, prompts: Iterable[str], device: torch.device) -> dict[str, Conditioning]:

@@ -31,12 +31,13 @@ from flux2_lora.inference.drawn import (
     write_texts,
     write_thumbnails,
 )
-from flux2_lora.inference.edit import Border, extend, inpaint
+from flux2_lora.inference.edit import Border, extend
 from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.inference.pack import save_picture, write_pack
 from flux2_lora.inference.pictures import decoded, to_pictures
 from flux2_lora.inference.sampling import Prompted, generate, initial_noise
 from flux2_lora.inference.settings import Settings
+from flux2_lora.inference.starts import draw_from, under_mask
 from flux2_lora.options import option
 from flux2_lora.training.encoding import Encoder
 
@@ -236,7 +237,8 @@ class Previewer:
 
     def _paint(self, transformer: nn.Module, picture: Image.Image, mask: Image.Image) -> Image.Image:
         prompted = self._prompted(self.scene.edited_conditioning)
-        return inpaint(self.family, transformer, self.vae, prompted, picture, mask, self.spec.steps)
+        start = under_mask(picture, mask, self.family.pixels_per_token, box=(0, 0, *picture.size))
+        return draw_from(start, self.family, transformer, self.vae, prompted, self.spec.steps)[0]
 
     def _prompted(self, positive: Conditioning) -> Prompted:
         return Prompted(

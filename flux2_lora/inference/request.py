@@ -4,6 +4,7 @@ was drawn is written down.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from flux2_lora.errors import UserError
 from flux2_lora.export import export_lora
 from flux2_lora.families import Model
 from flux2_lora.inference.sampling import Recipe
-from flux2_lora.inference.settings import TEXT_TO_IMAGE, Settings
+from flux2_lora.inference.settings import TEXT_TO_IMAGE, Inputs, Settings
 from flux2_lora.lora_files import OUR_NAMES, read_loras
 from flux2_lora.training.progress import console
 
@@ -63,20 +64,34 @@ def columns_of(choice: AdapterChoice) -> list[tuple[str, list[float]]]:
     return columns[-1:] if choice.merged else columns
 
 
-def portable(places: Sequence[str], loras: Mapping[str, Lora], model: Model, folder: Path) -> list[str]:
-    """Files that ComfyUI and Diffusers read, one a place: the file itself, a run's export, or one made in `folder`."""
+def portable(
+    places: Sequence[str], loras: Mapping[str, Lora], model: Model, folder: Path, *, blocks: Sequence[str] = ()
+) -> list[str]:
+    """Files that ComfyUI and Diffusers read, one a place: the file itself, a run's export, or one made in `folder`.
+
+    blocks: where alone the adapters act; no other program would draw a part of a file, so these are always made.
+    """
     files = []
     for number, (place, lora) in enumerate(zip(places, loras.values(), strict=True)):
-        source, run = find_adapter(place), Path(place).expanduser().resolve()
-        exported = run / "export" / f"{run.name}.safetensors"
-        current = exported.is_file() and exported.stat().st_mtime >= source.stat().st_mtime
-        if lora.naming == OUR_NAMES and not current:
-            name = f"{number}-{name_of(place).replace(' ', '-')}"
-            exported = folder.resolve() / "adapters" / f"{name}.safetensors"
-            told = {"modelspec.title": name}
-            export_lora(lora.modules, exported, architecture=model.family.architecture, header=told)
-        files.append(str(exported if lora.naming == OUR_NAMES else source.resolve()))
+        name = f"{number}-{name_of(place).replace(' ', '-')}"
+        within = re.sub(r"[^\w.]+", "-", "-".join(blocks)).strip("-")
+        file = None if blocks else _whole(place, lora)
+        if file is None:
+            file = folder.resolve() / "adapters" / f"{name}{f'-{within}' if within else ''}.safetensors"
+            told = {"modelspec.title": file.stem}
+            export_lora(lora.modules, file, architecture=model.family.architecture, header=told)
+        files.append(str(file))
     return files
+
+
+def _whole(place: str, lora: Lora) -> Path | None:
+    """The file itself, or the export of its run where that is current; None where one must be made."""
+    source, run = find_adapter(place), Path(place).expanduser().resolve()
+    if lora.naming != OUR_NAMES:
+        return source.resolve()
+    exported = run / "export" / f"{run.name}.safetensors"
+    current = exported.is_file() and exported.stat().st_mtime >= source.stat().st_mtime
+    return exported if current else None
 
 
 def settings_of(
@@ -90,6 +105,7 @@ def settings_of(
     strength: float | None = None,
     references: int = 0,
     blocks: Sequence[str] = (),
+    inputs: Inputs | None = None,
 ) -> Settings:
     """What a picture of `size` (height, width in px) carries. strength: of image to image and what is built on it.
 
@@ -117,6 +133,7 @@ def settings_of(
         strength=strength,
         references=references,
         blocks=tuple(blocks),
+        inputs=inputs,
     )
 
 

@@ -19,7 +19,8 @@ from flux2_lora.families import ModelFamily
 from flux2_lora.flow import mix
 from flux2_lora.latents import Posterior
 from flux2_lora.options import option
-from flux2_lora.samplers import SAMPLERS, OnStep, Velocity, from_strength, guided, schedule, tiled
+from flux2_lora.samplers import SAMPLERS, OnStep, Velocity, from_strength, guided, schedule
+from flux2_lora.tiles import tiled
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")

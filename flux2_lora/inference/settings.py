@@ -17,7 +17,28 @@ from flux2_lora.files import tensors_hash, without_folders
 
 TEXT_TO_IMAGE = "text to image"
 MODES = (TEXT_TO_IMAGE, "image to image", "inpaint", "outpaint", "upscale")
+PICTURE, ORIGINAL, MASK, LATENT_MASK, SHOWN_MASK = "picture", "original", "mask", "latent-mask", "original-mask"
 _A1111_SAMPLERS = {"euler": "Euler", "heun": "Heun"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The pictures that a picture was drawn from, which lie in the folder `inputs` beside it.
+
+    key: what the names of their files begin with, a digest of them all; height, width: px of the picture that was
+    redrawn, None where there are references alone; box: where it lies in the original (left, top, right, bottom), None
+    without a mask; tile: tokens along a side that the model saw at once, None for all.
+    """
+
+    key: str
+    height: int | None = None
+    width: int | None = None
+    box: tuple[int, int, int, int] | None = None
+    tile: int | None = None
+
+    def file(self, role: str) -> str:
+        """The name of a file. role: see `Settings.input_roles`."""
+        return f"{self.key}-{role}.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +48,8 @@ class Settings:
     guidance: the embedded scale, None exactly where the model has no guidance embedding; cfg_scale: true CFG above 1.
     adapters: (file, strength); strength: how much of a picture was redrawn, None for text to image. height, width: px,
     as asked for. max_sequence_length: tokens of a prompt, None for the family's own. references: how many pictures the
-    model looked at; blocks: where alone the adapters acted.
+    model looked at; blocks: where alone the adapters acted. inputs: the pictures it was drawn from, None where they
+    were not kept.
     """
 
     family: str
@@ -49,21 +71,39 @@ class Settings:
     max_sequence_length: int | None = None
     references: int = 0
     blocks: tuple[str, ...] = ()
+    inputs: Inputs | None = None
     version: str = __version__
 
     @property
     def elsewhere(self) -> bool:
-        """Whether a workflow and a script can draw the same: from a prompt, and whole adapters."""
-        return self.mode == TEXT_TO_IMAGE and not self.references and not self.blocks
+        """Whether a workflow and a script can draw the same: all that it was drawn from is there."""
+        return self.inputs is not None or (self.mode == TEXT_TO_IMAGE and not self.references)
 
     @property
     def drawn_height(self) -> int:
-        """Whole tokens of 16 px, as all samplers round."""
-        return self.height // 16 * 16
+        """Whole tokens of 16 px, as all samplers round; a picture that is redrawn is filled up to them."""
+        if self.inputs is None or self.inputs.height is None:
+            return self.height // 16 * 16
+        return -(-self.inputs.height // 16) * 16
 
     @property
     def drawn_width(self) -> int:
-        return self.width // 16 * 16
+        if self.inputs is None or self.inputs.width is None:
+            return self.width // 16 * 16
+        return -(-self.inputs.width // 16) * 16
+
+    @property
+    def input_roles(self) -> list[str]:
+        """What the files of `inputs` are: the picture, what painting under a mask takes, and references."""
+        if self.inputs is None:
+            return []
+        redrawn = [] if self.inputs.height is None else [PICTURE]
+        masked = [] if self.inputs.box is None else [ORIGINAL, MASK, LATENT_MASK, SHOWN_MASK]
+        return [*redrawn, *masked, *self.reference_roles]
+
+    @property
+    def reference_roles(self) -> list[str]:
+        return [f"reference-{number}" for number in range(1, self.references + 1)]
 
     @property
     def active_adapters(self) -> list[tuple[str, float]]:
@@ -99,7 +139,9 @@ def from_mapping(values: Mapping[str, Any]) -> Settings:
     """Settings of what `to_json` wrote, KeyError or TypeError for what is not; entries of later versions drop out."""
     adapters = tuple((str(file), float(strength)) for file, strength in values["adapters"])
     known = {field.name: values[field.name] for field in fields(Settings) if field.name in values}
-    return Settings(**{**known, "adapters": adapters, "blocks": tuple(values.get("blocks", ()))})
+    given = values.get("inputs")
+    inputs = Inputs(**{**given, "box": given["box"] and tuple(given["box"])}) if given else None
+    return Settings(**{**known, "adapters": adapters, "blocks": tuple(values.get("blocks", ())), "inputs": inputs})
 
 
 def a1111_text(settings: Settings) -> str:

@@ -155,7 +155,12 @@ def theirs(
     """What the script saves, run in `folder`; gradients are as before afterwards."""
     monkeypatch.chdir(folder)
     with torch.no_grad():
-        exec(compile(diffusers_script(settings, prompts=prompts), "with_diffusers.py", "exec"), {})
+        exec(
+            compile(
+                diffusers_script(*(replace(settings, prompt=prompt) for prompt in prompts)), "with_diffusers.py", "exec"
+            ),
+            {},
+        )
         torch.set_grad_enabled(True)
     files = sorted(folder.glob("diffusers-*.png"))
     assert len(files) == len(prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,24 @@ def test_a_low_strength_of_image_to_image_stays_nearer_to_the_picture(command: C
     for strength in (0.2, 1.0):
         options = ("steps=10", f"image={FACE}", f"strength={strength}", "prompts=[red heart]")
         assert command("sample", *options, f"output=at{strength}").code == 0
+        assert_whole_pack(Path(f"at{strength}"))
         far[strength] = np.abs(pixels(f"at{strength}/0000.png") - original).mean()
     assert far[0.2] < far[1.0]
+
+
+def assert_whole_pack(folder: Path, *roles: str, pictures: int = 1) -> None:
+    """Workflow, script and what they load are there, and nothing else is in inputs."""
+    settings = read_settings(folder / "0000.png")
+    assert settings.inputs is not None
+    needed = {settings.inputs.file(role) for role in settings.input_roles}
+    assert needed == {settings.inputs.file(role) for role in ("picture", *roles)}
+    there = {file.name for file in (folder / "inputs").iterdir()}
+    assert needed <= there
+    assert len(there) == pictures * len(needed)
+    assert settings.inputs.key in (folder / "workflow.json").read_text()
+    assert all(name in (folder / "with_diffusers.py").read_text() for name in there)
+    with Image.open(folder / "0000.png") as saved:
+        assert json.loads(saved.info["prompt"]) == json.loads((folder / "workflow.api.json").read_text())
 
 
 @pytest.mark.parametrize("feather", [0, 8])
@@ -59,6 +76,8 @@ def test_inpaint_gives_the_kept_region_back_untouched_and_paints_the_rest(comman
     ImageDraw.Draw(mask).rectangle((40, 40, 90, 90), fill=255)
     mask.save("mask.png")
     assert command("edit", *QUICK, f"image={FACE}", "mask=mask.png", f"feather_px={feather}").code == 0
+    assert_whole_pack(Path("outputs/edit"), "original", "mask", "latent-mask", "original-mask")
+    assert Path("outputs/edit/seams.py").is_file()
     kept = np.asarray(mask) == 0
     before, after = pixels(FACE), pixels("outputs/edit/0000.png")
     assert np.array_equal(after[kept], before[kept])
@@ -96,6 +115,7 @@ def test_an_empty_mask_gives_the_picture_back(command: Command) -> None:
     outcome = command("edit", *QUICK, f"image={FACE}", "mask=mask.png")
     assert outcome.code == 0
     assert "the mask is empty" in outcome.out
+    assert not Path("outputs/edit/workflow.json").exists()
     assert np.array_equal(pixels("outputs/edit/0000.png"), pixels(FACE))
 
 
@@ -113,17 +133,20 @@ def test_what_is_transparent_is_painted(command: Command) -> None:
 def test_upscale_enlarges_in_tiles(command: Command) -> None:
     assert command("edit", *QUICK, f"image={FACE}", "upscale=1.5").code == 0
     assert pixels("outputs/edit/0000.png").shape == (192, 192, 3)
+    assert_whole_pack(Path("outputs/edit"))
+    assert Path("outputs/edit/tiles.py").is_file()
 
 
 def test_a_drawn_picture_is_enlarged_and_refined(command: Command) -> None:
     for name, upscale in {"small": 1, "large": 2}.items():
-        options = ("prompts=[red apple]", f"upscale={upscale}", f"output={name}", "steps=6")
+        options = ("prompts=[red apple, cat face]", f"upscale={upscale}", f"output={name}", "steps=6")
         assert command("sample", *options).code == 0
     with Image.open("large/0000.png") as large:
         assert large.size == (128, 128)
         shrunk = np.asarray(large.resize((64, 64), Image.Resampling.BOX)).astype(int)
     assert np.abs(shrunk - pixels("small/0000.png")).mean() < 25  # the same picture
     assert read_settings(Path("large/0000.png")).mode == "upscale"
+    assert_whole_pack(Path("large"), pictures=2)
 
 
 def test_sides_are_rounded_to_whole_tokens_and_that_is_said_once(command: Command) -> None:
@@ -148,7 +171,10 @@ def test_adapters_are_drawn_alone_and_together(command: Command, trained: Path) 
     assert far["halves"].max() <= 2
     assert far["merged"].mean() < 2  # quantised again
     assert np.abs(pixels("alone/0000.png") - pixels("blocks/0000.png")).max() > 2
-    assert not Path("blocks/workflow.json").exists()  # no other program would draw a part of an adapter
+    [(part, strength)] = read_settings(Path("blocks/0000.png")).adapters
+    assert (part, strength) == ("0-short-double.safetensors", 40)  # the file that holds no other blocks
+    assert part in Path("blocks/workflow.json").read_text()
+    assert Path("blocks/adapters", part).is_file()
     assert read_settings(Path("halves/0000.png")).adapters == (("short.safetensors", 10), ("short.safetensors", 30))
 
 

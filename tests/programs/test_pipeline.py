@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from flux2_lora import Pipeline
 from flux2_lora.devices import largest_resident
 from flux2_lora.errors import UserError
-from flux2_lora.inference import pipeline as module
+from flux2_lora.inference import starts
 from flux2_lora.inference.memory import needed_bytes
 from flux2_lora.inference.pictures import coding_bytes, decoded, encoded
 from tests.conftest import Command
@@ -78,13 +78,13 @@ def test_a_small_mask_on_a_large_picture_is_worked_at_the_size_of_training(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture, box, worked = photo(320, 208), (150, 90, 170, 110), []
-    painter = module.inpaint
+    painter = starts.draw_from
 
-    def watched(*given: Any, **options: Any) -> Image.Image:
-        worked.append(given[4].size)
-        return painter(*given, **options)
+    def watched(start: starts.Start, *given: Any, **options: Any) -> list[Image.Image]:
+        worked.append(start.picture.size)
+        return painter(start, *given, **options)
 
-    monkeypatch.setattr(module, "inpaint", watched)
+    monkeypatch.setattr(starts, "draw_from", watched)
     after = values(pipeline.inpaint(picture, hole(picture.size, box), "red apple", padding_px=8, **QUICK))
     assert worked == [(64, 64)]
     kept = np.asarray(hole(picture.size, box)) == 0

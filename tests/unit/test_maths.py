@@ -12,7 +12,8 @@ from torch import Tensor
 
 from flux2_lora import latents as geometry
 from flux2_lora.flow import TimestepSpec, draw_sigma, generator, linear_mu, mix, shift_sigmas, velocity_error
-from flux2_lora.samplers import SAMPLERS, empirical_mu, euler, from_level, from_strength, guided, schedule, tiled
+from flux2_lora.samplers import SAMPLERS, empirical_mu, euler, from_level, from_strength, guided, schedule
+from flux2_lora.tiles import tiled
 
 
 @given(mu=st.floats(-3, 3))
