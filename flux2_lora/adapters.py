@@ -328,15 +328,3 @@ def find_adapter(place: str) -> Path:
     raise UserError(
         f"{place} holds no adapter", "give a run folder (outputs/<name>), a checkpoint folder or an adapter file"
     )
-
-
-def read_adapters(places: Sequence[str], family: str) -> dict[str, Adapter]:
-    """Place -> its adapter; UserError for one that is not there or of another family. Needs no model."""
-    adapters = {place: read_adapter(find_adapter(place)) for place in places}
-    for place, adapter in adapters.items():
-        if adapter.family != family:
-            raise UserError(
-                f"{place} is an adapter of the family {adapter.family}, the model is of {family}",
-                f"choose a model of the family {adapter.family} with model=...",
-            )
-    return adapters
