@@ -70,7 +70,10 @@ class Packed:
 
 
 class Host(Protocol):
-    """Keeps the bytes of blocks, by number."""
+    """Keeps the bytes of blocks, by number. words: what it is, for people."""
+
+    @property
+    def words(self) -> str: ...
 
     def read(self, block: int, into: Tensor) -> int:
         """Copy a block's bytes to the front of `into`, which is host memory; returns how many there are."""
@@ -80,12 +83,12 @@ class Host(Protocol):
 
 
 def pack(block: nn.Module) -> Packed:
-    """The layout of a block's Linears: their stored bytes where they are quantised, their weights elsewhere."""
+    """The layout of a block's frozen Linears: their stored bytes where they are quantised, their weights elsewhere."""
     leaves, start = [], 0
     for path, module in block.named_modules():
-        if isinstance(module, nn.Linear):
-            attribute = "values" if hasattr(module, "values") else "weight"
-            weight = getattr(module, attribute)
+        attribute = "values" if hasattr(module, "values") else "weight"
+        weight = getattr(module, attribute, None)
+        if isinstance(module, nn.Linear) and isinstance(weight, Tensor) and not weight.requires_grad:
             leaf = Leaf(path=path, attribute=attribute, shape=tuple(weight.shape), dtype=weight.dtype, start=start)
             leaves.append(leaf)
             start += -(-leaf.size // _ALIGNED) * _ALIGNED
@@ -100,9 +103,9 @@ def frozen(attribute: str, weight: Tensor) -> Tensor:
 class InMemory:
     """Blocks in host memory, one buffer each. `read` also fills memory of a device, and does not wait for it."""
 
-    def __init__(self, allocate: Callable[[int], Tensor]) -> None:
+    def __init__(self, words: str, allocate: Callable[[int], Tensor]) -> None:
         """allocate: size -> uint8 [size], pinned or not."""
-        self._allocate = allocate
+        self.words, self._allocate = words, allocate
         self._flat: dict[int, Tensor] = {}
 
     def add(self, number: int, block: nn.Module, packed: Packed) -> None:
@@ -127,6 +130,7 @@ class OnDisk:
             self.scales = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         self.blocks = [_packed(block) for block in told]
         starts = _starts(self.blocks)
+        self.words = str(folder / _BYTES)
         self._original = (folder / _BYTES).open("rb", buffering=0)
         self._places: dict[int, tuple[IO[bytes], int]] = {i: (self._original, at) for i, at in enumerate(starts)}
         self._changed: IO[bytes] | None = None

@@ -52,7 +52,9 @@ class Placement:
 
 def memory_host(kind: str, device: torch.device) -> InMemory:
     """Host memory for blocks: pinned for a CUDA device if so asked, plain for any other."""
-    return InMemory(_pinned if kind == "pinned" and device.type == "cuda" else _plain)
+    if kind == "pinned" and device.type == "cuda":
+        return InMemory("pinned memory", _pinned)
+    return InMemory("memory", _plain)
 
 
 def streamer_on(

@@ -32,6 +32,7 @@ from flux2_lora.weights import Stored
 E4M3 = torch.float8_e4m3fn
 _FP8 = (E4M3, torch.float8_e5m2)
 _LARGEST = {E4M3: torch.finfo(E4M3).max, torch.int8: 127.0}
+_BYTES = {"fp8": 1, "int8": 1, "nf4": 0.5, "bf16": 2, "fp32": 4}
 _NF4_BLOCK = 64
 _ROWS_AT_ONCE = 1024  # quantised together: what is in float32 meanwhile stays below 100 MB for 24,576 columns
 
@@ -40,7 +41,11 @@ _ROWS_AT_ONCE = 1024  # quantised together: what is in float32 meanwhile stays b
 class PrecisionSpec:
     """How the frozen base is stored: fp8 (e4m3) or int8 with one scale a row, nf4, bf16 or fp32."""
 
-    base: str = option("fp8", one_of=("fp8", "int8", "nf4", "bf16", "fp32"))
+    base: str = option("fp8", one_of=tuple(_BYTES))
+
+    def bytes_of(self, numbers: int) -> int:
+        """What so many numbers take in the Linears of blocks, without their scales."""
+        return int(numbers * _BYTES[self.base])
 
 
 def quantize_rows(weight: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
@@ -187,6 +192,7 @@ def load_frozen(
     """
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(spec.base, compute_dtype(device))
     loader = _Loader(model=model, transformer=model.empty_transformer(), kind=spec.base, dtype=dtype, device=device)
+    size = spec.bytes_of(sum(linear.weight.numel() for linear in loader.linears()))
     paths = list(blocks_in(loader.transformer))
     loader.load_outside(paths)
     streamed = [] if placement is None else [n for n in range(len(paths)) if n not in placement.resident]
@@ -194,7 +200,7 @@ def load_frozen(
         for path in paths:
             loader.load_block(path)
         return loader.transformer
-    kind = placement.host_for(loader.block_bytes(streamed), device)
+    kind = placement.host_for(size * len(streamed) // len(paths), device)
     if kind == "disk":
         host, layouts = loader.load_from_disk(placement.folder, streamed)
     else:
@@ -258,12 +264,10 @@ class _Loader:
         host.renumber(streamed)
         return host, host.blocks
 
-    def block_bytes(self, numbers: Sequence[int]) -> int:
-        """About as many bytes as the weights of these blocks take."""
-        each = {"fp8": 1, "int8": 1, "nf4": 0.5}.get(self.kind, self.dtype.itemsize)
-        blocks = list(blocks_in(self.transformer).values())
-        linears = [m for number in numbers for m in blocks[number].modules() if isinstance(m, nn.Linear)]
-        return int(sum(linear.in_features * linear.out_features * each for linear in linears))
+    def linears(self) -> list[nn.Linear]:
+        """Those of all blocks."""
+        blocks = blocks_in(self.transformer).values()
+        return [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
 
     def _load_around(self, path: str, number: int, packed: Packed, scales: Mapping[str, Tensor]) -> None:
         """A block without the weights in `packed`."""

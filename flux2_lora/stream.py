@@ -113,6 +113,12 @@ class Streamer:
             self._see(number)
             module.register_forward_pre_hook(partial(self._before, number))
 
+    @property
+    def words(self) -> str:
+        """ "55 blocks are streamed from pinned memory through 2 slots of 340.1 MB"."""
+        slots = f"{len(self._slots)} slots of {len(self._slots[0]) / 1e6:.1f} MB"
+        return f"{len(self._blocks)} blocks are streamed from {self._host.words} through {slots}"
+
     def need(self, number: int) -> None:
         """Let work given to the device from here on find the block in its modules, and begin the copies that follow.
 

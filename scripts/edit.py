@@ -38,6 +38,7 @@ from flux2_lora.inference.request import (
 from flux2_lora.inference.sampling import Recipe
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec
+from flux2_lora.training.memory import MemorySpec
 from flux2_lora.training.progress import console
 
 
@@ -51,6 +52,7 @@ class EditConfig(Recipe, AdapterChoice):
 
     model: ModelSpec
     precision: PrecisionSpec
+    memory: MemorySpec
     outpaint: Border
     image: str
     prompt: str = ""
@@ -97,7 +99,8 @@ def main(config: EditConfig) -> None:
     loras = read_chosen(config, model)
     if job.mask is not None and job.mask.getbbox() is None:
         console.print("the mask is empty: nothing is drawn anew, and the picture comes back as it is")
-    pipeline = Pipeline.open(model, config.precision, loras, device, prompts=[config.prompt, config.negative_prompt])
+    prompts = [config.prompt, config.negative_prompt]
+    pipeline = Pipeline.open(model, config.precision, loras, device, prompts=prompts, memory=config.memory)
     pipeline.recipe = config
     columns = columns_of(config)
     columns = columns[1:] or columns
