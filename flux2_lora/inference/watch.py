@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from flux2_lora.dataset.pictures import open_picture
-from flux2_lora.errors import RunError
 from flux2_lora.families import ModelFamily
 from flux2_lora.inference.previews import Preview, Previewer
 from flux2_lora.networks.features import Features
@@ -23,7 +22,7 @@ from flux2_lora.training.encoding import CachedSamples
 from flux2_lora.training.memorisation import Likeness, latent_features, likeness
 from flux2_lora.training.progress import console
 from flux2_lora.training.ranking import STOP_AFTER, Row, Verdict, verdict
-from flux2_lora.training.shortage import Knob, shortage_told
+from flux2_lora.training.shortage import Knob, cause_of, in_words, is_shortage
 from flux2_lora.training.state import TrainState
 from flux2_lora.training.step import Sample
 from flux2_lora.training.tracking import Metrics, read_metrics
@@ -111,10 +110,13 @@ class Watch:
     def _previewed(self, previewer: Previewer, state: TrainState) -> dict[str, float]:
         """A preview that fails is said, and does not end the run."""
         try:
-            with shortage_told("while it was drawn", self.remedies):
-                preview = previewer.draw(state.transformer, state.step)
-        except (OSError, RunError) as error:
-            console.print(f"no preview at step {state.step}: {str(error).removeprefix('error: ')}")
+            preview = previewer.draw(state.transformer, state.step)
+        except (OSError, RuntimeError, MemoryError) as error:
+            short = is_shortage(error)
+            if not short and not isinstance(error, OSError):
+                raise
+            remedy = f"; {in_words(self.remedies())}" if short else ""
+            console.print(f"no preview at step {state.step}: {cause_of(error)}{remedy}")
             return {}
         self.metrics.picture(state.step, "preview", preview.grid)
         return {} if self.training_set is None else {"nearest": self._nearest(self.training_set, preview)}

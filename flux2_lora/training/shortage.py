@@ -115,6 +115,11 @@ def is_shortage(error: BaseException) -> bool:
     )
 
 
+def cause_of(error: BaseException) -> str:
+    """An exception's first line: PyTorch goes on about its allocator."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def shortage_told(during: str, remedies: Callable[[], Sequence[Knob]]) -> Iterator[None]:
     """Memory that runs out inside becomes a RunError that names what frees some."""
@@ -123,8 +128,7 @@ def shortage_told(during: str, remedies: Callable[[], Sequence[Knob]]) -> Iterat
     except (RuntimeError, MemoryError) as error:
         if not is_shortage(error):
             raise
-        first_line = (str(error).splitlines() or [""])[0]
-        raise RunError(f"memory ran out {during} ({first_line})", in_words(remedies())) from error
+        raise RunError(f"memory ran out {during} ({cause_of(error)})", in_words(remedies())) from error
 
 
 def _activations(option: str, before: Demand, after: Demand) -> Knob:

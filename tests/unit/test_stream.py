@@ -454,6 +454,19 @@ def test_weights_begin_at_multiples_of_256_and_overlap_nowhere(case: Case) -> No
         assert ends[-1] <= layout.size
 
 
+@pytest.mark.parametrize("architecture", ["flux2", "flux1"])
+def test_blocks_are_listed_in_the_order_in_which_they_run(
+    cases: dict[tuple[str, str], Case], architecture: str
+) -> None:
+    case = cases[architecture, "fp32"]
+    transformer, ran = copy.deepcopy(case.base), []
+    for name, block in blocks_in(transformer).items():
+        block.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    case.velocity(transformer)
+    assert ran == list(blocks_in(transformer))
+    assert len(ran) == BLOCKS
+
+
 @pytest.mark.parametrize("blocks", [1, 4, 7])
 def test_each_order_of_use_names_every_block_once_and_begins_where_it_is_asked(blocks: int) -> None:
     for passing in Phase:
