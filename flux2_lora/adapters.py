@@ -15,7 +15,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from flux2_lora.errors import UserError, listed
 from flux2_lora.files import write_tensors
 from flux2_lora.flow import generator
-from flux2_lora.networks.transformers import block_linears
+from flux2_lora.networks.transformers import block_linears, compute_device
 from flux2_lora.options import option
 from flux2_lora.quantize import FrozenLinear
+from flux2_lora.stream import opened
 from flux2_lora.targets import resolve
 
 if TYPE_CHECKING:  # importing PEFT takes seconds, which a refused command should not cost
@@ -125,11 +126,12 @@ def attach(transformer: nn.Module, architecture: str, spec: AdapterSpec, *, seed
     """
     ranks = resolve(spec.targets, architecture, block_linears(transformer), spec.rank)
     wrapped = _wrap(transformer, {module: (rank, spec.scale) for module, rank in ranks.items()}, name)
+    device = compute_device(transformer)
     for path, layer in wrapped.items():
         down, up = _halves(layer, name)
         bound = 1 / math.sqrt(down.in_features)
         start = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=generator(seed, "adapter", path))
-        _fill(layer, name, start, torch.zeros(up.weight.shape))
+        _fill(layer, name, (start, torch.zeros(up.weight.shape)), device)
     return len(wrapped)
 
 
@@ -139,7 +141,8 @@ def attach_loras(transformer: nn.Module, loras: Mapping[str, Lora]) -> list[str]
     for name, lora in zip(names, loras.values(), strict=True):
         sizes = {module: (weights.down.shape[0], weights.scale) for module, weights in lora.modules.items()}
         for path, layer in _wrap(transformer, sizes, name).items():
-            _fill(layer, name, lora.modules[path].down, lora.modules[path].up)
+            weights = lora.modules[path]
+            _fill(layer, name, (weights.down, weights.up), compute_device(transformer))
     set_strengths(transformer, dict.fromkeys(names, 1.0))
     return names
 
@@ -161,10 +164,11 @@ def merge_loras(transformer: nn.Module, strengths: Mapping[str, float]) -> None:
             if strength != 0 and name in layer.lora_A
             for down, up in [_halves(layer, name)]
         ]
-        if updates and isinstance(base, FrozenLinear):
-            base.add(reduce(torch.add, updates))
-        elif updates:
-            base.weight.copy_(reduce(torch.add, updates, base.weight.float()))
+        with opened(transformer, base) if updates else nullcontext():
+            if updates and isinstance(base, FrozenLinear):
+                base.add(reduce(torch.add, updates))
+            elif updates:
+                base.weight.copy_(reduce(torch.add, updates, base.weight.float()))
         transformer.set_submodule(path, base)
     if layers:
         del transformer.peft_config  # PEFT's record of what is attached
@@ -206,11 +210,9 @@ def _halves(layer: LoraLayer, name: str) -> tuple[nn.Linear, nn.Linear]:
     return cast("nn.Linear", layer.lora_A[name]), cast("nn.Linear", layer.lora_B[name])
 
 
-def _fill(layer: LoraLayer, name: str, down: Tensor, up: Tensor) -> None:
-    """Give A and B their values, on the device of the base."""
-    base = layer.get_base_layer()
-    device = next(base.buffers(), next(base.parameters(), down)).device
-    for half, values in zip(_halves(layer, name), (down, up), strict=True):
+def _fill(layer: LoraLayer, name: str, weights: tuple[Tensor, Tensor], device: torch.device) -> None:
+    """Give A and B their values, where the transformer computes; a streamed base lies elsewhere."""
+    for half, values in zip(_halves(layer, name), weights, strict=True):
         half.weight = nn.Parameter(values.to(device))
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
+import weakref
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from flux2_lora.errors import UserError, did_you_mean
 
@@ -49,7 +53,30 @@ def free_bytes(device: torch.device) -> int:
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    return host_bytes()
+
+
+def host_bytes() -> int:
+    """Memory of the host that nothing holds."""
     return int(psutil.virtual_memory().available)
+
+
+def pinned(size: int) -> Tensor:
+    """uint8 [size] that a CUDA device copies from by itself, of that size; RuntimeError where the system refuses.
+
+    PyTorch's own pinned memory comes in powers of two, which for blocks of 340 MB is half as much again.
+    """
+    memory = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
+    flat, runtime = torch.from_numpy(memory), torch.cuda.cudart()
+    torch.cuda.check_error(int(runtime.cudaHostRegister(flat.data_ptr(), size, 0)))
+    # Before the array lets go of its pages, while an mmap tells its weak references after it has.
+    weakref.finalize(memory, runtime.cudaHostUnregister, flat.data_ptr()).atexit = False
+    return flat
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass, as torch.utils.checkpoint asks too."""
+    return bool(torch._C._current_graph_task_id() != -1)  # noqa: SLF001 - there is no public question
 
 
 def return_free_memory() -> None:

@@ -174,22 +174,29 @@ class FileDigests:
     def __init__(self, memory: Path) -> None:
         self._memory = memory
 
+    def of(self, place: Path) -> str:
+        """Digest of a file's bytes, or of a folder's files."""
+        return self._of({"": place}) if place.is_file() else self.of_folder(place)
+
     def of_folder(self, folder: Path) -> str:
         """Digest of the files of a folder (names and bytes)."""
+        return self._of({path.name: path for path in sorted(folder.iterdir()) if path.is_file()})
+
+    def _of(self, files: Mapping[str, Path]) -> str:
         known = self._known()
         parts: list[str] = []
         fresh: dict[str, str] = {}
-        for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        for name, file in files.items():
             place = file.resolve()
             if re.fullmatch("[0-9a-f]{64}", place.name):  # a large file in the hub's cache is named by its SHA-256
-                parts += [file.name, place.name]
+                parts += [name, place.name]
                 continue
             state = file.stat()  # on POSIX the time of change betrays even a file whose date was put back
             stamp = f"{place}|{state.st_size}|{state.st_mtime_ns}|{state.st_ctime_ns}"
             if stamp not in known:
                 with file.open("rb") as opened:
                     fresh[stamp] = hashlib.file_digest(opened, "sha256").hexdigest()
-            parts += [file.name, known.get(stamp) or fresh[stamp]]
+            parts += [name, known.get(stamp) or fresh[stamp]]
         if fresh:
             write_text(self._memory, json.dumps({**self._known(), **fresh}, indent=0))
         return digest(*parts)

@@ -8,9 +8,10 @@ W is scale * values: one scale a row (fp8, int8), one a tensor (files that were 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +21,18 @@ from torch.nn import functional as F
 from flux2_lora.devices import compute_dtype
 from flux2_lora.errors import UserError
 from flux2_lora.families import Model
-from flux2_lora.networks.transformers import block_linears
+from flux2_lora.files import FileDigests, digest
+from flux2_lora.host import Host, InMemory, Packed, pack, written
+from flux2_lora.networks.transformers import blocks_in
 from flux2_lora.options import option
+from flux2_lora.placement import Placement, memory_host, streamer_on
+from flux2_lora.stream import attach_streamer
 from flux2_lora.weights import Stored
 
 E4M3 = torch.float8_e4m3fn
 _FP8 = (E4M3, torch.float8_e5m2)
 _LARGEST = {E4M3: torch.finfo(E4M3).max, torch.int8: 127.0}
+_BYTES = {"fp8": 1, "int8": 1, "nf4": 0.5, "bf16": 2, "fp32": 4}
 _NF4_BLOCK = 64
 _ROWS_AT_ONCE = 1024  # quantised together: what is in float32 meanwhile stays below 100 MB for 24,576 columns
 
@@ -35,7 +41,11 @@ _ROWS_AT_ONCE = 1024  # quantised together: what is in float32 meanwhile stays b
 class PrecisionSpec:
     """How the frozen base is stored: fp8 (e4m3) or int8 with one scale a row, nf4, bf16 or fp32."""
 
-    base: str = option("fp8", one_of=("fp8", "int8", "nf4", "bf16", "fp32"))
+    base: str = option("fp8", one_of=tuple(_BYTES))
+
+    def bytes_of(self, numbers: int) -> int:
+        """What so many numbers take in the Linears of blocks, without their scales."""
+        return int(numbers * _BYTES[self.base])
 
 
 def quantize_rows(weight: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
@@ -117,17 +127,42 @@ class FrozenLinear(nn.Linear):
         self, stored: Stored, bias: Tensor | None, kind: str, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         """stored: W as a file has it; its FP8 is kept where kind is fp8. dtype: of `weight` and of the bias."""
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = stored.values.shape
-        self.kind, self.compute_dtype = kind, dtype
         values, scale = _quantized(stored, kind, torch.device(device))
+        self._set(values, scale, None if bias is None else bias.to(device, dtype), kind, stored.values.shape, dtype)
+
+    @classmethod
+    def of_parts(
+        cls,
+        values: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        kind: str,
+        *,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> FrozenLinear:
+        """Of what another one of this kind has stored for W of that shape [out in]."""
+        made = cls.__new__(cls)
+        made._set(values, scale, bias, kind, shape, dtype)  # noqa: SLF001 - its own
+        return made
+
+    def _set(
+        self, values: Tensor, scale: Tensor, bias: Tensor | None, kind: str, shape: Sequence[int], dtype: torch.dtype
+    ) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = shape
+        self.kind, self.compute_dtype = kind, dtype
         self.register_buffer("values", values)
         self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if bias is None else bias.to(device, dtype))
+        self.register_buffer("bias", bias)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return _REBUILD[self.kind](self.values, self.scale, self.compute_dtype, (self.out_features, self.in_features))
+        """On the meta device while a streamed layer's bytes are on none."""
+        shape = self.out_features, self.in_features
+        if self.values.is_meta:
+            return torch.empty(shape, dtype=self.compute_dtype, device="meta")
+        return _REBUILD[self.kind](self.values, self.scale, self.compute_dtype, shape)
 
     def add(self, update: Tensor) -> None:
         """W += update [out in], in float32; the sum is quantised anew in the same kind."""
@@ -152,25 +187,140 @@ class FrozenLinear(nn.Linear):
         return self
 
 
-def load_frozen(model: Model, spec: PrecisionSpec, device: torch.device) -> nn.Module:
+def load_frozen(
+    model: Model, spec: PrecisionSpec, device: torch.device, placement: Placement | None = None
+) -> nn.Module:
     """The model's transformer on the device, frozen, the Linears of its blocks in the precision asked for.
 
     Tensors are read, quantised and moved one at a time, so host memory holds the quantised model and one weight.
-    Embedders, modulation and the last layer keep their type: few bytes, and the most sensitive.
+    Embedders, modulation and the last layer keep their type: few bytes, and the most sensitive. With a placement the
+    weights of the blocks that do not stay leave the device block by block, and are streamed (`flux2_lora.stream`).
     """
-    transformer, weights = model.empty_transformer(), model.weights
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(spec.base, compute_dtype(device))
-    inside = set(block_linears(transformer)) if spec.base in _REBUILD else set()
-    for path, module in list(transformer.named_modules()):
-        own = {name: f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)}
-        if path in inside:
-            bias = weights.read(own["bias"]).dense(dtype) if "bias" in own else None
-            stored = weights.read(own["weight"])
-            transformer.set_submodule(path, FrozenLinear(stored, bias, spec.base, dtype=dtype, device=device))
-            continue
-        for name, full in own.items():
-            setattr(module, name, nn.Parameter(weights.read(full).dense(dtype, device), requires_grad=False))
-    return transformer.to(device)
+    loader = _Loader(model=model, transformer=model.empty_transformer(), kind=spec.base, dtype=dtype, device=device)
+    size = spec.bytes_of(sum(linear.weight.numel() for linear in loader.linears()))
+    paths = list(blocks_in(loader.transformer))
+    loader.load_outside(paths)
+    streamed = [] if placement is None else [n for n in range(len(paths)) if n not in placement.resident]
+    if placement is None or not streamed:
+        for path in paths:
+            loader.load_block(path)
+        return loader.transformer
+    kind = placement.host_for(size * len(streamed) // len(paths), device)
+    if kind == "disk":
+        host, layouts = loader.load_from_disk(placement.folder, streamed)
+    else:
+        host, layouts = loader.load_to_memory(memory_host(kind, device), streamed)
+    blocks = [loader.transformer.get_submodule(paths[number]) for number in streamed]
+    attach_streamer(loader.transformer, streamer_on(device, blocks, layouts, host, placement.slots, kind))
+    return loader.transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loader:
+    """Fills a transformer that is on the meta device, block by block."""
+
+    model: Model
+    transformer: nn.Module
+    kind: str
+    dtype: torch.dtype
+    device: torch.device
+
+    def load_outside(self, paths: Sequence[str]) -> None:
+        """All modules but those of blocks."""
+        inside = tuple(f"{path}." for path in paths)
+        for path, module in list(self.transformer.named_modules()):
+            if not f"{path}.".startswith(inside):
+                self._fill(path, module)
+
+    def load_block(self, path: str) -> nn.Module:
+        """One block, on the device."""
+        block = self.transformer.get_submodule(path)
+        for name, module in list(block.named_modules(prefix=path)):
+            if isinstance(module, nn.Linear) and self.kind in _REBUILD:
+                stored = self.model.weights.read(f"{name}.weight")
+                linear = FrozenLinear(stored, self._bias(name, module), self.kind, dtype=self.dtype, device=self.device)
+                self.transformer.set_submodule(name, linear)
+            else:
+                self._fill(name, module)
+        return block
+
+    def load_to_memory(self, host: InMemory, streamed: Sequence[int]) -> tuple[Host, list[Packed]]:
+        """All blocks; the weights of the streamed ones go on to `host`, which numbers them from 0."""
+        layouts: list[Packed] = []
+        for number, path in enumerate(blocks_in(self.transformer)):
+            block = self.load_block(path)
+            if number in streamed:
+                packed = pack(block)
+                host.add(len(layouts), block, packed)
+                packed.bind(block, torch.empty(packed.size, dtype=torch.uint8, device="meta"))
+                layouts.append(packed)
+        return host, layouts
+
+    def load_from_disk(self, folder: Path, streamed: Sequence[int]) -> tuple[Host, list[Packed]]:
+        """All blocks from the file of their quantised weights, which is made first where there is none yet."""
+        host = written(folder.expanduser(), self._key(folder.expanduser()), self._blocks_in_turn)
+        buffer = torch.empty(max(packed.size for packed in host.blocks), dtype=torch.uint8)
+        for number, (path, block) in enumerate(blocks_in(self.transformer).items()):
+            packed = host.blocks[number]
+            self._load_around(path, number, packed, host.scales)
+            if number not in streamed:
+                host.read(number, buffer)
+                packed.bind(block, buffer[: packed.size].to(self.device, copy=True))
+        host.renumber(streamed)
+        return host, host.blocks
+
+    def linears(self) -> list[nn.Linear]:
+        """Those of all blocks."""
+        blocks = blocks_in(self.transformer).values()
+        return [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
+
+    def _load_around(self, path: str, number: int, packed: Packed, scales: Mapping[str, Tensor]) -> None:
+        """A block without the weights in `packed`."""
+        block, nowhere = (
+            self.transformer.get_submodule(path),
+            torch.empty(packed.size, dtype=torch.uint8, device="meta"),
+        )
+        leaves = {f"{path}.{leaf.path}": leaf for leaf in packed.leaves}
+        for name, module in list(block.named_modules(prefix=path)):
+            leaf = leaves.get(name)
+            if leaf is None or not isinstance(module, nn.Linear):
+                self._fill(name, module)
+                continue
+            bias = self._bias(name, module)
+            if self.kind in _REBUILD:
+                scale = scales[f"{number}.{leaf.path}.scale"].to(self.device)
+                shape = module.out_features, module.in_features
+                linear = FrozenLinear.of_parts(
+                    leaf.view(nowhere), scale, bias, self.kind, shape=shape, dtype=self.dtype
+                )
+                self.transformer.set_submodule(name, linear)
+            elif bias is not None:
+                module.bias = nn.Parameter(bias, requires_grad=False)
+        packed.bind(block, nowhere)
+
+    def _blocks_in_turn(self) -> Iterator[nn.Module]:
+        """Blocks of a transformer that is there for their sake, each dropped after its turn."""
+        other = replace(self, transformer=self.model.empty_transformer())
+        for path in blocks_in(other.transformer):
+            yield other.load_block(path)
+            other.transformer.set_submodule(path, nn.Identity())
+
+    def _key(self, folder: Path) -> str:
+        """Spells all that the file of blocks depends on."""
+        content = FileDigests(folder / "files.json").of(self.model.files.transformer)
+        return digest("blocks 1", content, self.kind, str(self.dtype), self.device.type)
+
+    def _bias(self, name: str, linear: nn.Linear) -> Tensor | None:
+        return None if linear.bias is None else self.model.weights.read(f"{name}.bias").dense(self.dtype, self.device)
+
+    def _fill(self, path: str, module: nn.Module) -> None:
+        """Read a module's own parameters; its buffers are there already and move."""
+        for name, _ in list(module.named_parameters(recurse=False)):
+            stored = self.model.weights.read(f"{path}.{name}" if path else name)
+            setattr(module, name, nn.Parameter(stored.dense(self.dtype, self.device), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(self.device))
 
 
 def stored_bytes(module: nn.Module) -> int:

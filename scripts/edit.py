@@ -40,6 +40,7 @@ from flux2_lora.inference.sampling import Recipe
 from flux2_lora.inference.starts import Start
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec
+from flux2_lora.training.memory import MemorySpec
 from flux2_lora.training.progress import console
 
 
@@ -53,6 +54,7 @@ class EditConfig(Recipe, AdapterChoice):
 
     model: ModelSpec
     precision: PrecisionSpec
+    memory: MemorySpec
     outpaint: Border
     image: str
     prompt: str = ""
@@ -99,7 +101,8 @@ def main(config: EditConfig) -> None:
     loras = read_chosen(config, model)
     if job.mask is not None and job.mask.getbbox() is None:
         console.print("the mask is empty: nothing is drawn anew, and the picture comes back as it is")
-    pipeline = Pipeline.open(model, config.precision, loras, device, prompts=[config.prompt, config.negative_prompt])
+    prompts = [config.prompt, config.negative_prompt]
+    pipeline = Pipeline.open(model, config.precision, loras, device, prompts=prompts, memory=config.memory)
     pipeline.recipe = config
     references, start = [pipeline.as_seen(picture) for picture in shown], start_of(config, job, pipeline)
     columns = columns_of(config)

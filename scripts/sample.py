@@ -39,6 +39,7 @@ from flux2_lora.inference.settings import TEXT_TO_IMAGE
 from flux2_lora.inference.starts import Start, of_size
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec
+from flux2_lora.training.memory import MemorySpec
 from flux2_lora.training.progress import console
 
 
@@ -51,6 +52,7 @@ class SampleConfig(Recipe, AdapterChoice):
 
     model: ModelSpec
     precision: PrecisionSpec
+    memory: MemorySpec
     prompts: list[str] = field(default_factory=list)
     height: int = option(1024, at_least=16)
     width: int = option(1024, at_least=16)
@@ -75,7 +77,7 @@ def main(config: SampleConfig) -> None:
         raise UserError("upscale refines without references", "draw first, then flux2-lora edit upscale=2")
     loras = read_chosen(config, model)
     prompts, folder = [*config.prompts, config.negative_prompt], output_folder(config.output)
-    pipeline = Pipeline.open(model, config.precision, loras, device, prompts=prompts)
+    pipeline = Pipeline.open(model, config.precision, loras, device, prompts=prompts, memory=config.memory)
     pipeline.recipe = config
     height, width = (pipeline.whole_tokens(px) for px in (config.height, config.width))
     if (height, width) != (config.height, config.width):

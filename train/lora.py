@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from flux2_lora.publish.release import Source, release
 from flux2_lora.publish.reproduce import from_card
 from flux2_lora.publish.run_card import read_card
 from flux2_lora.quantize import PrecisionSpec, load_frozen, stored_bytes
+from flux2_lora.stream import streamer_of
 from flux2_lora.targets import numbers_of, parse_ranked, resolve
 from flux2_lora.training.averaging import Ema
 from flux2_lora.training.checks import Subject, probe, run_checks, velocity
@@ -68,7 +70,7 @@ from flux2_lora.training.encoding import (
     texts_of,
 )
 from flux2_lora.training.interrupt import Interrupt
-from flux2_lora.training.memory import MemorySpec, compile_blocks
+from flux2_lora.training.memory import MemorySpec, compile_blocks, recompute_blocks
 from flux2_lora.training.optimizers import (
     OptimizerSpec,
     grouped,
@@ -80,6 +82,7 @@ from flux2_lora.training.optimizers import (
 from flux2_lora.training.processes import Processes, open_processes
 from flux2_lora.training.progress import StepBar, console, forget_peak, peak_bytes
 from flux2_lora.training.report import estimate, noise_levels, summary
+from flux2_lora.training.shortage import Knob, demand_of, knobs, shortage_told
 from flux2_lora.training.state import (
     Checkpoint,
     TrainState,
@@ -113,6 +116,11 @@ MAY_CHANGE = (
     "loader_workers",
     "logger.",
     "cache.",
+    "memory.resident_blocks",
+    "memory.slots",
+    "memory.plain_blocks",
+    "memory.host",
+    "memory.folder",
 )
 # In these it may not differ at all: the checkpoint's tensors would not fit, or mean something else.
 MAY_NEVER_CHANGE = ("model.", "adapter.", "optimizer.kind", "optimizer.b_lr_ratio", "optimizer.block_lr")
@@ -165,7 +173,8 @@ def train(config: TrainConfig) -> None:
         data = look_and_encode(config, run, processes)
         if data is None:
             return
-        state = build(config, data, processes)
+        with shortage_told("while the base was loaded and tried", partial(remedies, config, data, processes.device)):
+            state = build(config, data, processes)
         learn(config, run, data, state, processes)
         if processes.first:
             export(config, run, data, state)
@@ -250,7 +259,7 @@ def build(config: TrainConfig, data: Data, processes: Processes) -> TrainState:
     """The base, quantised and frozen, the adapter beside its projections, and seconds of checks before hours."""
     model, family, device = data.model, data.model.family, processes.device
     forget_peak(device)
-    transformer = load_frozen(model, config.precision, device)
+    transformer = load_frozen(model, config.precision, device, config.memory.placement(model.blocks()))
     draws = draws_of(config, family)
     batch = tried = None
     if config.checks:
@@ -261,6 +270,9 @@ def build(config: TrainConfig, data: Data, processes: Processes) -> TrainState:
         f"base in {config.precision.base}: {stored_bytes(transformer) / 1e6:.1f} MB with the adapter; "
         f"LoRA on {targeted} of {len(model.projections())} projections, rank {config.adapter.rank}"
     )
+    if (streamer := streamer_of(transformer)) is not None:
+        console.print(streamer.words)
+    recompute_blocks(transformer, config.memory.plain(model.blocks(), device))
     parameters = trainable(transformer)
     optimizer = make_optimizer(config.optimizer, grouped(config.optimizer, family.architecture, parameters))
     ema = Ema(config.optimizer.ema_decay, list(parameters.values())) if config.optimizer.ema_decay else None
@@ -281,8 +293,6 @@ def build(config: TrainConfig, data: Data, processes: Processes) -> TrainState:
     if data.checkpoint is not None:
         restore(data.checkpoint, state)
         console.print(f"going on from {data.checkpoint.folder}")
-    if config.memory.checkpointing(device):
-        transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     if config.memory.compile:
         compile_blocks(transformer)
     return state
@@ -298,7 +308,8 @@ def learn(config: TrainConfig, run: Path, data: Data, state: TrainState, process
         keep_free_memory()
     watch = watch_of(config, run, data, state, device) if processes.first else None
     if watch is not None and start == 0:
-        watch.look(state)
+        with shortage_told("in validation at step 0", partial(remedies, config, data, device)):
+            watch.look(state)
     order = batch_order(config, data.samples, processes.count, start * micro, config.max_steps * micro)
     stream = batches(
         data.samples,
@@ -315,11 +326,13 @@ def learn(config: TrainConfig, run: Path, data: Data, state: TrainState, process
         while state.step < config.max_steps and not stopping:
             began = time.perf_counter()
             lr = learning_rate(config.optimizer, state.step, config.max_steps)
-            loss, norm = take_step(config, processes, family, state, stream, lr)
+            with shortage_told(f"in step {state.step + 1}", partial(remedies, config, data, device)):
+                loss, norm = take_step(config, processes, family, state, stream, lr)
             step_s, peak = time.perf_counter() - began, peak_bytes(device)
             if watch is not None:
                 watch.note(state, loss=loss, lr=lr, grad_norm=norm, step_s=step_s, peak_bytes=peak)
-                watch.look(state)
+                with shortage_told(f"in validation at step {state.step}", partial(remedies, config, data, device)):
+                    watch.look(state)
                 bar.update(state.step, loss=loss, validation=watch.validation_loss, step_s=step_s, peak=peak)
                 enough = watch.enough
             stopping = processes.agreed(bool(interrupt.signal) or enough or state.failing >= MOST_FAILURES)
@@ -512,6 +525,22 @@ def batch_order(
     return [[(index, epoch) for index in batch] for epoch, batch in order]
 
 
+def remedies(config: TrainConfig, data: Data, device: torch.device) -> list[Knob]:
+    """The options that would need less memory than these."""
+    side = max(config.dataset.resolution)
+    demand = demand_of(
+        data.model,
+        config.precision,
+        config.memory,
+        config.adapter,
+        device,
+        batch_size=config.batch_size,
+        side_px=side,
+        text_tokens=data.scene.conditioning.embeds.shape[1],
+    )
+    return knobs(demand, resolution=side, rank=config.adapter.rank)
+
+
 def base_prompts(config: TrainConfig) -> list[str]:
     """Prompts in the base's own styles, on which forgetting is measured."""
     return config.model.base_prompts[: config.validation.base_style] if config.validation.every else []
@@ -571,6 +600,8 @@ def watch_of(config: TrainConfig, run: Path, data: Data, state: TrainState, devi
         samples=data.samples,
         features=data.features,
         own=own_samples(data.encoder, state.transformer, base_prompts(config), side, own),
+        at_once=config.batch_size,
+        remedies=partial(remedies, config, data, device),
     )
 
 

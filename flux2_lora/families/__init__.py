@@ -20,7 +20,7 @@ from flux2_lora.keys import is_target
 from flux2_lora.latents import Posterior
 from flux2_lora.networks.components import TextEncoders, check_widths, empty_autoencoder, load_autoencoder
 from flux2_lora.networks.text import PromptEncoder
-from flux2_lora.networks.transformers import empty_transformer, open_transformer
+from flux2_lora.networks.transformers import blocks_of, empty_transformer, open_transformer
 from flux2_lora.options import option
 from flux2_lora.sources import ModelFiles, check_folders, check_parts, is_distilled, locate
 from flux2_lora.weights import Weights
@@ -160,6 +160,11 @@ class Model:
         """The Linears that may carry an adapter, read off the names of the weights: the N of "N of N"."""
         linears = [name.removesuffix(".weight") for name in self.weights.shapes if name.endswith(".weight")]
         return [name for name in linears if is_target(self.family.architecture, name)]
+
+    def blocks(self) -> int:
+        """How many blocks the transformer has, double and single ones."""
+        kinds = ("transformer_blocks", "single_transformer_blocks")
+        return sum(blocks_of(self.weights.shapes, kind) for kind in kinds)
 
     def load_vae(self, device: torch.device) -> nn.Module:
         """The frozen autoencoder, float32."""

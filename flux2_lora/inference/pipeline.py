@@ -36,6 +36,7 @@ from flux2_lora.inference.starts import Start
 from flux2_lora.lora_files import read_loras
 from flux2_lora.options import from_mapping
 from flux2_lora.quantize import PrecisionSpec, load_frozen
+from flux2_lora.training.memory import MemorySpec, compile_blocks
 
 _LARGEST_REFERENCE = 1024 * 1024  # px
 
@@ -66,8 +67,9 @@ class Pipeline:
         resolved = yaml.safe_load(settings.read_text(encoding="utf-8"))
         model = open_model(from_mapping(ModelSpec, resolved["model"]))
         precision = from_mapping(PrecisionSpec, resolved["precision"])
+        memory = replace(from_mapping(MemorySpec, resolved.get("memory", {})), compile=False)
         loras = read_loras([str(run)] if adapters is None else list(adapters), model)
-        pipeline = cls.open(model, precision, loras, pick_device(device))
+        pipeline = cls.open(model, precision, loras, pick_device(device), memory=memory)
         pipeline.use([strength] * len(pipeline.adapters))
         return pipeline
 
@@ -80,11 +82,17 @@ class Pipeline:
         device: torch.device,
         *,
         prompts: Iterable[str] = (),
+        memory: MemorySpec | None = None,
     ) -> Pipeline:
-        """Encode the prompts that are known, drop the text encoders, then load transformer and VAE and attach."""
-        texts = _encode(model, prompts, device)
-        transformer = load_frozen(model, precision, device)
+        """Encode the prompts that are known, drop the text encoders, then load transformer and VAE and attach.
+
+        memory: what of the base stays on the device; null for all of it.
+        """
+        texts, memory = _encode(model, prompts, device), memory or MemorySpec()
+        transformer = load_frozen(model, precision, device, memory.placement(model.blocks()))
         names = attach_loras(transformer, loras)
+        if memory.compile:
+            compile_blocks(transformer)
         spec = model.spec
         recipe = Recipe(steps=spec.steps, cfg_scale=spec.cfg_scale, guidance=spec.guidance)
         return cls(

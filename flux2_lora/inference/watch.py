@@ -6,7 +6,7 @@ it concludes is read off metrics.jsonl, so a run that was stopped and went on co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from flux2_lora.training.encoding import CachedSamples
 from flux2_lora.training.memorisation import Likeness, latent_features, likeness
 from flux2_lora.training.progress import console
 from flux2_lora.training.ranking import STOP_AFTER, Row, Verdict, verdict
+from flux2_lora.training.shortage import Knob, cause_of, in_words, is_shortage
 from flux2_lora.training.state import TrainState
 from flux2_lora.training.step import Sample
 from flux2_lora.training.tracking import Metrics, read_metrics
@@ -30,7 +31,10 @@ from flux2_lora.training.validation import ValidationSpec, validate
 
 @dataclass(kw_only=True)
 class Watch:
-    """held_out: pictures to validate on; own: what the base draws by itself; last: the run's last step."""
+    """held_out: pictures to validate on, `at_once` together; own: what the base draws by itself; last: the last step.
+
+    remedies: what would need less memory.
+    """
 
     family: ModelFamily
     spec: ValidationSpec
@@ -42,6 +46,8 @@ class Watch:
     own: Sequence[Sample]
     training_set: Likeness | None
     features: Features | None
+    remedies: Callable[[], Sequence[Knob]]
+    at_once: int
     rows: list[Row] = field(default_factory=list)
     evaluated: bool = False
 
@@ -95,18 +101,22 @@ class Watch:
             console.print(f"step {step}: validation {row['validation_loss']:.3f}; {found.words}")
 
     def _validated(self, state: TrainState) -> dict[str, float]:
-        found = validate(self.family, state.transformer, self.held_out, self.spec.sigmas, self.device)
+        found = validate(self.family, state.transformer, self.held_out, self.spec.sigmas, self.device, self.at_once)
         if not self.own:
             return found.row()
-        own = validate(self.family, state.transformer, self.own, self.spec.sigmas, self.device)
+        own = validate(self.family, state.transformer, self.own, self.spec.sigmas, self.device, self.at_once)
         return {**found.row(), "base_style_loss": own.mean}
 
     def _previewed(self, previewer: Previewer, state: TrainState) -> dict[str, float]:
         """A preview that fails is said, and does not end the run."""
         try:
             preview = previewer.draw(state.transformer, state.step)
-        except (OSError, torch.OutOfMemoryError) as error:
-            console.print(f"no preview at step {state.step}: {error}")
+        except (OSError, RuntimeError, MemoryError) as error:
+            short = is_shortage(error)
+            if not short and not isinstance(error, OSError):
+                raise
+            remedy = f"; {in_words(self.remedies())}" if short else ""
+            console.print(f"no preview at step {state.step}: {cause_of(error)}{remedy}")
             return {}
         self.metrics.picture(state.step, "preview", preview.grid)
         return {} if self.training_set is None else {"nearest": self._nearest(self.training_set, preview)}
@@ -132,6 +142,8 @@ def open_watch(
     own: Sequence[Sample],
     samples: CachedSamples,
     features: Features | None,
+    remedies: Callable[[], Sequence[Knob]],
+    at_once: int,
 ) -> Watch:
     """A watch that knows the rows of the run so far. features: what to compare pictures by; None for VAE latents."""
     training_set = None
@@ -153,6 +165,8 @@ def open_watch(
         own=own,
         training_set=training_set,
         features=features,
+        remedies=remedies,
+        at_once=at_once,
         rows=[row for row in read_metrics(metrics.path) if "loss" not in row],
     )
 

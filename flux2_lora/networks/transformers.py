@@ -45,13 +45,19 @@ def empty_transformer(
     return transformer
 
 
+def blocks_in(transformer: nn.Module) -> dict[str, nn.Module]:
+    """Path -> block, the members of the model's ModuleLists, in the order in which they run."""
+    stacks = {name: child for name, child in transformer.named_children() if isinstance(child, nn.ModuleList)}
+    return {f"{name}.{place}": block for name, stack in stacks.items() for place, block in enumerate(stack)}
+
+
 def block_linears(transformer: nn.Module) -> list[str]:
-    """Paths of the Linears inside the blocks, which are the members of the model's ModuleLists; adapted or not."""
-    blocks = {name for name, child in transformer.named_children() if isinstance(child, nn.ModuleList)}
+    """Paths of the Linears inside the blocks; adapted or not."""
     return [
-        path.removesuffix(".base_layer")
-        for path, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and path.partition(".")[0] in blocks and ".lora_" not in path
+        f"{name}.{path}".removesuffix(".base_layer")
+        for name, block in blocks_in(transformer).items()
+        for path, module in block.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in path
     ]
 
 
@@ -60,6 +66,13 @@ def compute_type(transformer: nn.Module) -> torch.dtype:
     dtype = transformer.get_submodule("x_embedder").weight.dtype
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def compute_device(transformer: nn.Module) -> torch.device:
+    """Where the transformer computes, wherever the weights of its blocks lie."""
+    device = transformer.get_submodule("x_embedder").weight.device
+    assert isinstance(device, torch.device)
+    return device
 
 
 def embedded_guidance(transformer: nn.Module, latents: Tensor, guidance: float | None) -> Tensor | None:

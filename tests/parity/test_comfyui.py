@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -19,18 +19,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flux2_lora.adapters import Adapter
 from flux2_lora.export import FORMATS, export_lora, modules_of
 from flux2_lora.families import Model, ModelSpec, open_model
+from flux2_lora.inference import starts
 from flux2_lora.inference.comfyui import comfyui_api, comfyui_ui
-from flux2_lora.inference.settings import Settings
+from flux2_lora.inference.pack import save_inputs
+from flux2_lora.inference.pipeline import Pipeline
+from flux2_lora.inference.sampling import Recipe
+from flux2_lora.inference.settings import TEXT_TO_IMAGE, Settings
+from flux2_lora.inference.starts import Start
+from flux2_lora.latents import Posterior
+from flux2_lora.quantize import PrecisionSpec
 from tests.comfyui import CHECKOUT, RefusedError, Server, served
 from tests.parity.test_pack_diffusers import ALPHA, BUILD, CASES, RANK, ours, random_adapter, same
+from tests.parity.test_pack_modes_diffusers import hole, photo
 from tests.single_file import fused
-from tests.unit.test_pack import ALL
+from tests.unit.test_pack import ALL, FROM_PICTURES
 
 pytestmark = pytest.mark.skipif(CHECKOUT not in os.environ, reason=f"{CHECKOUT} names no checkout of ComfyUI")
 CPU = torch.device("cpu")
@@ -39,6 +48,7 @@ PROMPT, OTHER = (
     8 * words for words in (r"a (red) apple [photo] {style|face} (of:1.3) \(cat\) ", "blue cat face on object ")
 )
 NOT_LOADED = "lora key not loaded"
+EVERY = {**ALL, **FROM_PICTURES}
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +213,68 @@ def test_comfyui_says_which_of_an_adapter_it_cannot_load(case: Case) -> None:
     assert NOT_LOADED in drawn.log
 
 
-@pytest.mark.parametrize("settings", ALL.values(), ids=ALL)
+# From pictures. What ComfyUI does not have is taken off our side: the membranes at seams, and FLUX.1's posterior.
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = starts.encoded
+
+    def certain(*given: Any) -> Posterior:
+        found = encoded(*given)
+        return Posterior(mean=found.mean, std=torch.zeros_like(found.std))
+
+    monkeypatch.setattr(starts, "encoded", certain)
+    monkeypatch.setattr(starts, "lay_over", lambda original, painted, mask: Image.composite(painted, original, mask))
+
+
+def from_pictures(
+    case: Case, to_start: Callable[[Pipeline], Start] | None, mode: str, strength: float, *references: Image.Image
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(ours, theirs) of what is redrawn, or of a new picture that looks at references."""
+    known = case.settings
+    model = open_model(replace(case.model.spec, resolution=64))
+    pipeline = Pipeline.open(model, PrecisionSpec(base="fp32"), {}, CPU, prompts=[PROMPT, known.negative_prompt])
+    guided = {"cfg_scale": known.cfg_scale, "guidance": known.guidance, "negative_prompt": known.negative_prompt}
+    pipeline.recipe = Recipe(steps=4, seed=7, **guided)  # type: ignore[arg-type]
+    start = to_start(pipeline) if to_start else None
+    if start is None:
+        drawn = pipeline.generate(PROMPT, height=64, width=48, references=references)
+    else:
+        [drawn] = pipeline.draw_from(start, [PROMPT], strength=strength, references=references)
+    inputs = save_inputs(case.server.folder, start, references)
+    shutil.copytree(case.server.folder / "inputs", case.server.folder / "input", dirs_exist_ok=True)
+    told = {"mode": mode, "strength": strength, "references": len(references), "inputs": inputs}
+    settings = replace(known, height=drawn.height, width=drawn.width, **told)  # type: ignore[arg-type]
+    return np.asarray(drawn).astype(float), case.server.draw(comfyui_api(settings)).picture
+
+
+HOLE = hole(96, 120, 50, 40, 70, 61).point(lambda value: 255 * (value > 0))  # grey tokens are mixed otherwise there
+STARTS: Mapping[str, tuple[Callable[[Pipeline], Start], float]] = {
+    "image to image": (lambda pipeline: pipeline.to_redraw(photo(60, 72)), 0.6),
+    "inpaint": (lambda pipeline: pipeline.to_inpaint(photo(64, 64), hole(64, 64, 10, 5, 40, 50), crop="never"), 1.0),
+    "inpaint around a mask": (lambda pipeline: pipeline.to_inpaint(photo(96, 120), HOLE, padding_px=8), 0.8),
+}
+
+
+@pytest.mark.parametrize("mode", STARTS)
+@pytest.mark.parametrize("case", ["flux2_klein", "flux1"], indirect=True)
+def test_comfyui_redraws_as_we_do(case: Case, mode: str, plain: None) -> None:
+    to_start, strength = STARTS[mode]
+    expected, found = from_pictures(case, to_start, mode.partition(" around")[0], strength)
+    assert same(found, expected)
+    if mode == "inpaint around a mask":
+        kept = np.asarray(HOLE) == 0
+        assert np.array_equal(found[kept], np.asarray(photo(96, 120))[kept])
+
+
+@pytest.mark.parametrize("case", ["flux2_klein"], indirect=True)
+def test_comfyui_looks_at_references_as_we_do(case: Case, plain: None) -> None:
+    expected, found = from_pictures(case, None, TEXT_TO_IMAGE, 1.0, photo(64, 80), photo(64, 64, seed=4))
+    assert same(found, expected)
+
+
+@pytest.mark.parametrize("settings", EVERY.values(), ids=EVERY)
 def test_of_a_real_model_s_workflow_comfyui_misses_its_files_alone(server: Server, settings: Settings) -> None:
     graph = comfyui_api(settings)
     with pytest.raises(RefusedError) as refused:
@@ -217,10 +288,10 @@ def test_of_a_real_model_s_workflow_comfyui_misses_its_files_alone(server: Serve
         (number, name)
         for number, node in graph.items()
         for name, value in node["inputs"].items()
-        if str(value).endswith(".safetensors")
+        if str(value).endswith((".safetensors", ".png"))
     }
     assert wrong.keys() <= files
-    assert set(wrong.values()) == {"value_not_in_list"}
+    assert set(wrong.values()) <= {"value_not_in_list", "custom_validation_failed"}  # models, pictures
 
 
 @cache
@@ -235,17 +306,18 @@ def _kind(declared: list[Any]) -> str:
 
 
 def _typed(declared: Mapping[str, list[Any]], values: list[Any]) -> dict[str, Any]:
-    """Fields filled in the order of their declaration, as the editor fills them; it adds one behind a seed."""
+    """Fields in the order of their declaration, as the editor does: one more behind seeds, one at the end for files."""
     names: list[str | None] = []
     for name, found in declared.items():
         if _kind(found) in {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}:
             names.append(name)
             names += [None] if found[1:] and found[1].get("control_after_generate") else []
+    names += [None for found in declared.values() if found[1:] and found[1].get("image_upload")]
     read = [re.sub(r"\\([{}])", r"\1", value) if isinstance(value, str) else value for value in values]
     return {name: value for name, value in zip(names, read, strict=True) if name}
 
 
-@pytest.mark.parametrize("settings", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("settings", EVERY.values(), ids=EVERY)
 def test_the_editor_s_form_is_the_server_s_by_comfyui_s_own_declarations(server: Server, settings: Settings) -> None:
     page, declared = comfyui_ui(settings), _declared(server)
     nodes = {node["id"]: node for node in page["nodes"] if node["type"] != "MarkdownNote"}  # the editor's own

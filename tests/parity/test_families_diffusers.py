@@ -20,7 +20,7 @@ from flux2_lora.inference.sampling import Prompted, velocity_of
 from flux2_lora.latents import pack, unpack
 from flux2_lora.networks import text
 from flux2_lora.quantize import PrecisionSpec, load_frozen
-from flux2_lora.training.memory import compile_blocks
+from flux2_lora.training.memory import compile_blocks, recompute_blocks
 from flux2_lora.training.step import Sample, training_loss
 from tests.conftest import Command, drawn
 from tests.miniatures import MINIATURES, Miniature
@@ -212,7 +212,7 @@ def gradients(
         with torch.no_grad():
             up.copy_(0.02 * torch.randn(up.shape, generator=noise))
     if checkpointing:
-        transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+        recompute_blocks(transformer, ())
     if backend:
         compile_blocks(transformer, backend, fullgraph=True)
     texts = stack(list(model.load_prompt_encoder(CPU)(PROMPTS[:2])))
