@@ -31,5 +31,7 @@ class LoraLinear(lora.Linear):  # type: ignore[misc, unused-ignore]
             if name in self.lora_A:
                 down, up = cast("nn.Linear", self.lora_A[name]), cast("nn.Linear", self.lora_B[name])
                 small = F.linear(self.lora_dropout[name](x), down.weight.to(x.dtype)).flatten(0, -2)
-                result = torch.addmm(result, small.to(result.dtype), up.weight.T.to(result.dtype), alpha=self.scaling[name])
+                result = torch.addmm(
+                    result, small.to(result.dtype), up.weight.T.to(result.dtype), alpha=self.scaling[name]
+                )
         return result.to(base.dtype).view(base.shape)

@@ -20,6 +20,7 @@ from flux2_lora.errors import UserError, did_you_mean
 from flux2_lora.keys import is_target
 from flux2_lora.latents import Posterior
 from flux2_lora.networks.components import TextEncoders, check_widths, empty_autoencoder, load_autoencoder, on_meta
+from flux2_lora.networks.prompts import LONGEST
 from flux2_lora.networks.text import PromptEncoder
 from flux2_lora.networks.transformers import empty_transformer, open_transformer
 from flux2_lora.options import option
@@ -221,11 +222,15 @@ def open_model(spec: ModelSpec, *, to_train: bool = False) -> Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """A model by its shape alone. config: what its transformer is built with; released_bytes: of all its files."""
+    """A model by its shape alone. config: what its transformer is built with; released_bytes: of all its files.
+
+    text_tokens: what a prompt is padded to.
+    """
 
     family: ModelFamily
     config: Mapping[str, Any]
     released_bytes: int
+    text_tokens: int = LONGEST
 
     def sketch(self, **changes: int) -> nn.Module:
         """The transformer on the meta device, with some of its configuration changed."""
@@ -238,25 +243,31 @@ def outline(spec: ModelSpec) -> Outline:
     UserError where neither says anything.
     """
     family, place = load_family(spec.family), Path(spec.path).expanduser()
+    tokens = spec.max_sequence_length or LONGEST
+    companions = int(1e9 * spec.geometry.companions_gb)
     if place.is_file():
         config = family.configuration(open_file(place, family.architecture).shapes)
-        return Outline(family=family, config=config, released_bytes=place.stat().st_size + _companions(spec))
+        size = place.stat().st_size + companions
+        return Outline(family=family, config=config, released_bytes=size, text_tokens=tokens)
     if place.is_dir():
         check_class(place / "transformer", [family.transformer_class], family.name)
+        config = read_json(place / "transformer" / "config.json")
         size = sum(file.stat().st_size for file in place.rglob("*.safetensors"))
-        return Outline(family=family, config=read_json(place / "transformer" / "config.json"), released_bytes=size)
+        pages = [read_json(page) for page in place.glob("tokenizer*/tokenizer_config.json")]
+        tokens = spec.max_sequence_length or max((_tokens(page) for page in pages), default=LONGEST)
+        return Outline(family=family, config=config, released_bytes=size, text_tokens=tokens)
     if spec.geometry == Geometry():
         raise UserError(
             f"model.path={spec.path} is not on this computer, and nothing says what shape it has",
             "give a folder or a file that is here, or model.geometry.num_layers=... and its neighbours",
         )
-    drawn = Outline(family=family, config=spec.geometry.config, released_bytes=0)
+    drawn = Outline(family=family, config=spec.geometry.config, released_bytes=0, text_tokens=tokens)
     weights = 2 * sum(parameter.numel() for parameter in drawn.sketch().parameters())
-    return replace(drawn, released_bytes=weights + _companions(spec))
+    return replace(drawn, released_bytes=weights + companions)
 
 
-def _companions(spec: ModelSpec) -> int:
-    return int(1e9 * spec.geometry.companions_gb)
+def _tokens(tokenizer: Mapping[str, Any]) -> int:
+    return min(int(tokenizer.get("model_max_length", LONGEST)), LONGEST)
 
 
 def _refuse_distilled(spec: ModelSpec) -> None:

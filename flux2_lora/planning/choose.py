@@ -7,7 +7,6 @@ forward; and where no copy is waited for, more residents can only take memory fr
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +21,7 @@ from flux2_lora.planning.memory import (
     Vram,
     drawing_bytes,
     frozen_bytes,
+    holes,
     peaks_by_plain,
     vram,
 )
@@ -55,7 +55,6 @@ class Work:
     learning: Learning = field(default_factory=Learning)
     previews: Previews = field(default_factory=Previews)
     resolution: int = 1024
-    text_tokens: int = 512
     batch_size: int = 1
     grad_accumulation: int = 1
     max_steps: int = 1000
@@ -71,7 +70,7 @@ class Work:
             dtype=card.dtype,
             height=side,
             width=side,
-            text_tokens=self.text_tokens,
+            text_tokens=self.outline.text_tokens,
             batch=self.batch_size,
         )
 
@@ -137,7 +136,8 @@ def choose(work: Work, card: Card, costs: Costs | None = None) -> Choice:
     fitting = [plan for plan in found if plan.fits(card) and plan.matmul == work.matmul]
     if not fitting:
         raise refusal(work, card, found)
-    chosen = min(fitting, key=lambda plan: (plan.step_s, plan.vram.peak))
+    # Sums of seconds differ in their last digits, which is no reason to read a disk.
+    chosen = min(fitting, key=lambda plan: (round(plan.step_s, 4), plan.host == "disk", plan.vram.peak))
     return Choice(card=card, chosen=chosen, others=tuple(plan for plan in found if plan is not chosen))
 
 
@@ -145,18 +145,18 @@ def plans(work: Work, card: Card, costs: Costs) -> Iterator[Plan]:
     """The best of every kind; of a kind that does not fit, the smallest."""
     search = _Search(work=work, card=card, costs=costs)
     everything = Layout(resident=search.count)
-    yield search.plan("all in memory, recomputed", everything, "device")
+    yield search.plan("resident, recomputed", everything, "device")
     most = search.most_plain(everything)
     if most:
-        yield search.plan("all in memory", replace(everything, plain=most), "device")
+        yield search.plan("resident", replace(everything, plain=most), "device")
     if not card.streams:
         return
     yield search.fastest("streamed, recomputed", "pinned", plain=0)
     yield search.fastest("streamed", "pinned")
-    yield search.fastest("streamed from disk", "disk")
+    yield search.fastest("streamed off disk", "disk")
     if card.fp8_flops_s is not None and work.matmul != "fp8":
         faster = replace(search, work=replace(work, matmul="fp8"))
-        yield faster.fastest("streamed, FP8 products", "pinned")
+        yield faster.fastest("streamed, fp8 matmul", "pinned")
 
 
 def drawing_plan(work: Work, card: Card, costs: Costs) -> tuple[Layout, float]:
@@ -224,9 +224,9 @@ class _Search:
     def most_plain(self, layout: Layout) -> int | None:
         """Plain blocks that fit beside what never changes; None where not even a step without any does."""
         learning = int((4 + self.work.learning.state_bytes) * sum(self.costs.adapted))
-        fixed = self.card.context_bytes + sum(frozen_bytes(self.costs, layout)) + learning
-        fit = bisect_right(self._peaks, self.card.vram_bytes - fixed) - 1
-        return fit if fit >= 0 else None
+        fixed = self.card.context_bytes + sum(frozen_bytes(self.costs, layout)) + learning + holes(self.costs)
+        room = self.card.vram_bytes - fixed
+        return max((plain for plain, peak in enumerate(self._peaks) if peak <= room), default=None)
 
     @cached_property
     def _peaks(self) -> Sequence[int]:
@@ -292,7 +292,8 @@ def refusal(work: Work, card: Card, found: Sequence[Plan]) -> UserError:
     together, said = work, []
     for words, change in changes:
         together = replace(
-            together, **{name: getattr(change, name) for name in _CHANGED if getattr(change, name) != getattr(work, name)}
+            together,
+            **{name: getattr(change, name) for name in _CHANGED if getattr(change, name) != getattr(work, name)},
         )
         said = [one for one in said if one.partition("=")[0] != words.partition("=")[0]] + [words]
         if _fits_somehow(together, card):

@@ -269,7 +269,9 @@ class _Tape(TorchDispatchMode):
     def _watch(self, place: str) -> None:
         block = self.model.get_submodule(place)
         block.register_forward_pre_hook(self._named(f"{place} kept", f"{place} forward"))
-        block.register_forward_hook(self._named(f"{place} backward", "head" if place == f"{SINGLE}.1" else f"{place} on"))
+        block.register_forward_hook(
+            self._named(f"{place} backward", "head" if place == f"{SINGLE}.1" else f"{place} on")
+        )
 
     def _named(self, in_backward: str, in_forward: str) -> Callable[..., None]:
         return lambda *_: self._turn_to(in_backward if self._backward else in_forward)
@@ -290,9 +292,7 @@ class _Notes:
             self.linear_flops += flops
 
     def done(self) -> Pass:
-        return Pass(
-            events=tuple(self.events), linear_flops=self.linear_flops, attention_flops=self.attention_flops
-        )
+        return Pass(events=tuple(self.events), linear_flops=self.linear_flops, attention_flops=self.attention_flops)
 
 
 def _materialise(model: nn.Module) -> None:
