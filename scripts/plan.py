@@ -1,4 +1,4 @@
-"""Will it fit on my card, and how long will it take: the split of memory that trains fastest, beside what else there is.
+"""Will it fit on my card, and how long will it take: the split of memory that trains fastest, and what else there is.
 
     flux2-lora plan                                                        the embedded demo on this computer
     flux2-lora plan model=flux2_klein_base_4b hardware=rtx4060_8gb         a model that is not here, a card that is not
@@ -36,6 +36,7 @@ from flux2_lora.training.report import duration
 from flux2_lora.training.tracking import LoggerSpec
 from flux2_lora.training.validation import ValidationSpec
 
+HEADINGS = ("", "resident", "slots", "plain", "GB", "host GB", "disk GB", "s/step", "run", "s/drawing")
 EDITED = 2  # rows of previews that edit a picture: inpainting and outpainting
 
 
@@ -122,20 +123,20 @@ def heading(config: PlanConfig, work: Work, card: Card) -> str:
 
 def alternatives(choice: Choice) -> str:
     """Aligned text: a row for each plan, the chosen one first and marked."""
-    rows = [("", "resident", "slots", "plain", "GB", "host GB", "disk GB", "s/step", "run", "s/drawing")]
-    for plan in (choice.chosen, *choice.others):
-        rows.append(
-            (
-                ("> " if plan is choice.chosen else "  ") + plan.name,
-                f"{plan.resident_blocks}/{plan.blocks}",
-                str(plan.slots),
-                str(plan.plain_blocks),
-                *(f"{size / 1e9:.1f}" for size in (plan.vram.peak, plan.host_bytes, plan.disk_bytes)),
-                f"{plan.step_s:.2f}",
-                duration(plan.run_s) if plan.fits(choice.card) else "too big",
-                f"{plan.draw_s:.2f}",
-            )
+    rows: list[tuple[str, ...]] = [HEADINGS]
+    rows += [
+        (
+            ("> " if plan is choice.chosen else "  ") + plan.name,
+            f"{plan.resident_blocks}/{plan.blocks}",
+            str(plan.slots),
+            str(plan.plain_blocks),
+            *(f"{size / 1e9:.1f}" for size in (plan.vram.peak, plan.host_bytes, plan.disk_bytes)),
+            f"{plan.step_s:.2f}",
+            duration(plan.run_s) if plan.fits(choice.card) else "too big",
+            f"{plan.draw_s:.2f}",
         )
+        for plan in (choice.chosen, *choice.others)
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)] for row in rows]
     return "\n".join("  ".join([f"{row[0]:<{widths[0]}}", *line[1:]]) for row, line in zip(rows, lines, strict=True))

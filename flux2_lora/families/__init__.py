@@ -238,7 +238,7 @@ class Outline:
 
 
 def outline(spec: ModelSpec) -> Outline:
-    """What `model.path` holds, where it is a file or a folder here, else what `model.geometry` says: nothing is fetched.
+    """What `model.path` holds where it is a file or a folder here, else what `model.geometry` says; fetches nothing.
 
     UserError where neither says anything.
     """

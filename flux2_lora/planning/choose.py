@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from flux2_lora.adapters import AdapterSpec
 from flux2_lora.errors import UserError
@@ -37,7 +38,7 @@ _PIXELS_A_TOKEN = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Previews:
-    """A round of pictures. passes: forward passes of a step of one picture, two under CFG; every: 0 for none."""
+    """A round of pictures. passes: forward passes of a step of a picture, two under CFG; every: 0 for none."""
 
     every: int = 0
     pictures: int = 4
@@ -47,7 +48,7 @@ class Previews:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A run as the planner sees it. resolution: px of a square side; matmul: type of the frozen products, bf16 or fp8."""
+    """A run as the planner sees it. resolution: px of a square's side; matmul: of the frozen products, bf16 or fp8."""
 
     outline: Outline
     adapter: AdapterSpec = field(default_factory=AdapterSpec)
@@ -77,10 +78,10 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One way to run. host: where streamed blocks lie, pinned or disk; device where none is streamed.
+    """One way to run. host: where streamed blocks lie, pinned or disk; device: none is streamed.
 
-    step_s: of an optimizer step; draw_s: of a forward pass over a batch; preview_s: of a round of previews; plain_bytes:
-    what one more plain block keeps.
+    step_s: of an optimizer step; draw_s: of a forward pass over a batch; preview_s: of a round of previews.
+    plain_bytes: what one more plain block keeps.
     """
 
     name: str
@@ -286,39 +287,37 @@ def refusal(work: Work, card: Card, found: Sequence[Plan]) -> UserError:
         f"{least.vram.peak / 1e9:.1f} GB at least, and {card.name} has {card.vram_bytes / 1e9:.1f} GB to give"
     )
     changes = list(_changes(work))
-    for words, change in changes:
-        if _fits_somehow(change, card):
+    for words, name, value in changes:
+        if _fits_somehow(replace(work, **{name: value}), card):
             return UserError(what, f"{words} fits")
-    together, said = work, []
-    for words, change in changes:
-        together = replace(
-            together,
-            **{name: getattr(change, name) for name in _CHANGED if getattr(change, name) != getattr(work, name)},
-        )
-        said = [one for one in said if one.partition("=")[0] != words.partition("=")[0]] + [words]
-        if _fits_somehow(together, card):
-            return UserError(what, f"{' '.join(said)} fits")
+    said: dict[str, str] = {}
+    together: dict[str, Any] = {}
+    for words, name, value in changes:
+        said[name], together[name] = words, value
+        if _fits_somehow(replace(work, **together), card):
+            return UserError(what, f"{' '.join(said.values())} fits")
     return UserError(what, "choose a smaller model, or device=cpu")
 
 
-_CHANGED = ("batch_size", "resolution", "precision", "adapter")
-
-
-def _changes(work: Work) -> Iterator[tuple[str, Work]]:
-    """Changes of a run that cut memory, those that cost least first, as the user would write them."""
+def _changes(work: Work) -> Iterator[tuple[str, str, Any]]:
+    """(as the user would write it, field, value) of changes that cut memory, those that cost least first."""
     if work.batch_size > 1:
-        yield "batch_size=1", replace(work, batch_size=1)
+        yield "batch_size=1", "batch_size", 1
     for side in (768, 512, 256):
         if side < work.resolution:
-            yield f"dataset.resolution={side}", replace(work, resolution=side)
+            yield f"dataset.resolution={side}", "resolution", side
     if work.precision.base != "nf4":
-        yield "precision.base=nf4", replace(work, precision=PrecisionSpec(base="nf4"))
+        yield "precision.base=nf4", "precision", PrecisionSpec(base="nf4")
     if work.adapter.rank > 8:
-        yield "adapter.rank=8", replace(work, adapter=replace(work.adapter, rank=8))
+        yield "adapter.rank=8", "adapter", replace(work.adapter, rank=8)
 
 
 def _fits_somehow(work: Work, card: Card) -> bool:
-    return any(plan.fits(card) for plan in plans(work, card, work.costs(card)))
+    """Whether the layout that holds least fits."""
+    search = _Search(work=work, card=card, costs=work.costs(card))
+    if card.streams:
+        return search.plan("", Layout(slots=SLOTS[0]), "disk").fits(card)
+    return search.plan("", Layout(resident=search.count), "device").fits(card)
 
 
 def correct(plan: Plan, card: Card, *, step_s: float, peak_bytes: int) -> list[str]:

@@ -21,10 +21,10 @@ _GB = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareSpec:
-    """A budget. device: of the card; vram_gb: all of its memory, of which others hold reserved_gb and the driver context_gb.
+    """A budget. vram_gb: all of the card's memory, of which others hold reserved_gb and the driver context_gb.
 
-    bf16_tflops, fp8_tflops: peak rates, of which `utilisation` is reached; fp8 null: the card has no such units. host_gb:
-    memory that the run may use beside the card's. Null in vram_gb, copy_gb_s, bf16_tflops or host_gb: measured.
+    bf16_tflops, fp8_tflops: peak rates, of which `utilisation` is reached; fp8 null: the card has no such units.
+    host_gb: memory beside the card's. Null in device, vram_gb, copy_gb_s, bf16_tflops or host_gb: as measured.
     """
 
     name: str = "this computer"
@@ -77,10 +77,7 @@ def card_of(spec: HardwareSpec, device: torch.device) -> Card:
     here = torch.device(kind) if kind == device.type else torch.device("cpu")
     shared = kind != "cuda"
     context = resident() if shared else int(_GB * (spec.context_gb or 0))
-    if spec.vram_gb is not None:
-        vram = int(_GB * (spec.vram_gb - spec.reserved_gb))
-    else:
-        vram = free_bytes(here) + context
+    vram = free_bytes(here) + context if spec.vram_gb is None else int(_GB * (spec.vram_gb - spec.reserved_gb))
     rate = spec.bf16_tflops * 1e12 * spec.utilisation if spec.bf16_tflops else timed_flops(here)
     host = int(_GB * spec.host_gb) if spec.host_gb else int(psutil.virtual_memory().available)
     copied = _GB * spec.copy_gb_s if spec.copy_gb_s else timed_copy(here)

@@ -1,7 +1,7 @@
 """Memory of a training step by part, at the moment of its peak.
 
-Law: what is alive at a moment is the sum of what the passes before it left behind; the peak is the largest such sum plus
-what the pass of that moment holds for itself. Blocks that keep their activations are the last ones: their backward
+Law: what is alive at a moment is the sum of what the passes before it left behind; the peak is the largest such sum
+and what the pass of that moment holds for itself. Blocks that keep their activations are the last ones: their backward
 comes first, so none of them is left when the earlier blocks are recomputed.
 """
 
@@ -45,8 +45,8 @@ class Layout:
 class Vram:
     """Bytes on the device by part, as they are when their sum, `peak`, is largest.
 
-    outside: what is in no block, and small tensors of all blocks; adapter: LoRA, gradients, optimizer; activations: what
-    is kept between blocks and by plain ones; working: what one pass holds meanwhile; holes: between tensors.
+    outside: what is in no block, and small tensors of all; adapter: LoRA, gradients, optimizer; activations: what is
+    kept between blocks and by plain ones; working: what one pass holds meanwhile; holes: between tensors.
     """
 
     context: int

@@ -1,9 +1,9 @@
 """What one step takes, block by block, read off the model's own code as it runs on shapes alone.
 
 Law: no coefficient stands here. Two double and two single blocks at full width are built without memory, frozen and
-adapted as a run does it, and one checkpointed step goes through them on tensors that have sizes and no numbers (PyTorch's
-FakeTensorMode). Each storage that is taken or given back is noted down, and each matrix product counted. A change of
-the code that trains is a change of the plan.
+adapted as a run does it, and one checkpointed step goes through them on tensors that have sizes and no numbers
+(PyTorch's FakeTensorMode). Each storage that is taken or given back is noted down, and each matrix product counted. A
+change of the code that trains is a change of the plan.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class _Tape(TorchDispatchMode):
     """Notes down storages and products of one checkpointed step; a block's second forward runs inside backward."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model, self.passes = model, dict[str, "_Notes"]()
         self._known = weakref.WeakKeyDictionary[torch.UntypedStorage, int]()
         self._taken, self._backward = 0, False
@@ -247,7 +247,7 @@ class _Tape(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._take(tensor.untyped_storage())
-        count = flop_registry.get(func._overloadpacket)
+        count = flop_registry.get(func._overloadpacket)  # noqa: SLF001 - as FlopCounterMode does
         if count is not None:
             flops = int(count(*args, **(kwargs or {}), out_val=out))
             self._notes.count(flops, attention="attention" in str(func))

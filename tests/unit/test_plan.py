@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -132,14 +133,14 @@ def test_memory_goes_to_plain_blocks_as_it_was_predicted(
 @pytest.mark.parametrize("model", ["flux1_dev", "flux2_klein_base_4b"])
 def test_more_memory_is_never_slower(model: str) -> None:
     steps = [chosen(model, 512, "rtx4060_8gb", vram_gb=size).step_s for size in (5, 6, 7, 8, 10, 12, 16, 24, 48)]
-    assert all(after <= before + 1e-4 for before, after in zip(steps, steps[1:], strict=False))
+    assert all(after <= before + 1e-4 for before, after in pairwise(steps))
     assert steps[-1] < 0.75 * steps[0]
 
 
 @pytest.mark.parametrize("hardware", CARDS)
 def test_more_pixels_never_need_less_memory_or_time(hardware: str) -> None:
     found = [named("flux1_dev", px, hardware, "streamed, recomputed") for px in (512, 768, 1024)]
-    for less, more in zip(found, found[1:], strict=False):
+    for less, more in pairwise(found):
         assert less.vram.activations < more.vram.activations
         assert less.vram.working <= more.vram.working
         assert less.step_s < more.step_s
