@@ -1,7 +1,8 @@
 """A caching allocator that replays a step event by event: the planner's judge, which shares no sum with it.
 
 As PyTorch's CUDA allocator with expandable segments: sizes are rounded up to 512 bytes, the best fitting free range is
-split, free neighbours join, and memory is taken from the device in pages of 2 MiB that are never given back.
+split, free neighbours join, tensors up to 1 MiB have a pool of their own, and memory is taken from the device in pages
+of 2 MiB that are never given back.
 """
 
 from __future__ import annotations
@@ -11,23 +12,19 @@ from collections.abc import Iterable, Iterator
 from flux2_lora.planning.memory import Layout, Learning
 from flux2_lora.planning.sketch import Costs, Pass
 
-ROUNDING, PAGE = 512, 2 << 20
+ROUNDING, SMALL, PAGE = 512, 1 << 20, 2 << 20
+GRADIENT = 400 << 10  # bytes of a LoRA matrix of rank 16, or so
 
 
-class Arena:
-    """One range of addresses with holes. reserved: bytes taken from the device."""
+class Pool:
+    """One range of addresses with holes. top: its end."""
 
     def __init__(self) -> None:
         self.holes: dict[int, int] = {}  # start -> size
         self.taken: dict[object, tuple[int, int]] = {}
         self.top = 0
 
-    @property
-    def reserved(self) -> int:
-        return -(-self.top // PAGE) * PAGE
-
     def take(self, key: object, size: int) -> None:
-        size = -(-size // ROUNDING) * ROUNDING
         fitting = [(room, start) for start, room in self.holes.items() if room >= size]
         if fitting:
             room, start = min(fitting)
@@ -41,18 +38,44 @@ class Arena:
             self.top = start + size
         self.taken[key] = (start, size)
 
-    def give_back(self, key: object) -> None:
-        start, size = self.taken.pop(key)
+    def give_back(self, key: object) -> int:
+        start, size = freed = self.taken.pop(key)
         before = next((s for s, room in self.holes.items() if s + room == start), None)
         if before is not None:
             size += self.holes.pop(before)
             start = before
         size += self.holes.pop(start + size, 0)
         self.holes[start] = size
+        return freed[1]
 
 
-def replayed(costs: Costs, layout: Layout, learning: Learning, steps: int = 2) -> int:
-    """Bytes reserved after whole steps under a layout, context aside."""
+class Arena:
+    """A pool for small tensors and one for large ones. most: bytes in tensors at their peak; reserved: with the holes."""
+
+    def __init__(self) -> None:
+        self.small, self.large = Pool(), Pool()
+        self.alive = self.most = 0
+
+    @property
+    def reserved(self) -> int:
+        return sum(-(-pool.top // PAGE) * PAGE for pool in (self.small, self.large))
+
+    @property
+    def taken(self) -> dict[object, tuple[int, int]]:
+        return self.small.taken | self.large.taken
+
+    def take(self, key: object, size: int) -> None:
+        size = -(-size // ROUNDING) * ROUNDING
+        (self.small if size <= SMALL else self.large).take(key, size)
+        self.alive += size
+        self.most = max(self.most, self.alive)
+
+    def give_back(self, key: object) -> None:
+        self.alive -= (self.small if key in self.small.taken else self.large).give_back(key)
+
+
+def replayed(costs: Costs, layout: Layout, learning: Learning, steps: int = 2) -> Arena:
+    """The allocator after whole steps under a layout, context aside."""
     arena = Arena()
     count = len(costs.kinds)
     arena.take("outside", costs.outside_bytes)
@@ -66,7 +89,7 @@ def replayed(costs: Costs, layout: Layout, learning: Learning, steps: int = 2) -
         arena.take(("slot", slot), max(block.frozen_bytes for block in costs.blocks.values()))
     for _ in range(steps):
         _step(arena, costs, layout)
-    return arena.reserved
+    return arena
 
 
 def _step(arena: Arena, costs: Costs, layout: Layout) -> None:
@@ -87,7 +110,8 @@ def _step(arena: Arena, costs: Costs, layout: Layout) -> None:
             _play(arena, block.kept, ("again", index))
             _play(arena, block.backward, ("again", index))
             _clear(arena, [index, ("again", index)])
-        arena.take(("gradient", index), 4 * costs.adapted[index])
+        for piece in range(0, 4 * costs.adapted[index], GRADIENT):
+            arena.take(("gradient", index, piece), GRADIENT)
     _clear(arena, ["stem", "head", "turn"])
     arena.take(("update", 0), 4 * sum(costs.adapted))
     _clear(arena, ["update", "gradient"])
@@ -99,7 +123,7 @@ def _play(arena: Arena, part: Pass, owner: object) -> None:
         key = (owner, number)
         if size > 0:
             arena.take(key, size)
-        elif key in arena.taken:
+        elif key in arena.small.taken or key in arena.large.taken:
             arena.give_back(key)
 
 

@@ -134,7 +134,7 @@ def test_memory_goes_to_plain_blocks_as_it_was_predicted(
 def test_more_memory_is_never_slower(model: str) -> None:
     steps = [chosen(model, 512, "rtx4060_8gb", vram_gb=size).step_s for size in (5, 6, 7, 8, 10, 12, 16, 24, 48)]
     assert all(after <= before + 1e-4 for before, after in pairwise(steps))
-    assert steps[-1] < 0.75 * steps[0]
+    assert steps[-1] < 0.8 * steps[0]
 
 
 @pytest.mark.parametrize("hardware", CARDS)

@@ -26,12 +26,14 @@ def token_bytes(model: str, px: int) -> int:
 
 @pytest.mark.parametrize("px", [512, 768, 1024])
 @pytest.mark.parametrize("model", MODELS)
-def test_the_planned_peak_is_what_a_replayed_allocator_reserves_within_three_percent(model: str, px: int) -> None:
+def test_the_planned_peak_is_what_a_replayed_allocator_holds_within_three_percent(model: str, px: int) -> None:
+    """In tensors, holes aside; what it reserves with them is at most a tenth above what is planned with them."""
     costs = costs_of(model, px)
     count = len(costs.kinds)
     for layout in (Layout(slots=2), Layout(slots=2, plain=count // 2), Layout(slots=3, resident=5, plain=3)):
-        planned = vram(costs, layout, ADAM8, 0).peak
-        assert replayed(costs, layout, ADAM8) == pytest.approx(planned, rel=0.03), layout
+        planned, arena = vram(costs, layout, ADAM8, 0), replayed(costs, layout, ADAM8)
+        assert arena.most == pytest.approx(planned.peak - planned.holes, rel=0.03), layout
+        assert arena.most < arena.reserved < 1.1 * planned.peak, layout
 
 
 def test_composed_blocks_hold_what_a_whole_model_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,4 +147,5 @@ def test_an_arena_reuses_what_was_given_back_and_joins_neighbours() -> None:
     arena.give_back("b")
     arena.take("d", 2048)
     assert arena.taken["d"] == (0, 2048)
+    assert arena.most == 3 * 1024
     assert arena.reserved == 2 << 20
