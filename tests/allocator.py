@@ -50,7 +50,7 @@ class Pool:
 
 
 class Arena:
-    """A pool for small tensors and one for large ones. most: bytes in tensors at their peak; reserved: with the holes."""
+    """A pool for small tensors and one for large ones. most: bytes in tensors at their peak; reserved: holes too."""
 
     def __init__(self) -> None:
         self.small, self.large = Pool(), Pool()

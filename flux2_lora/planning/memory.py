@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from flux2_lora.planning.sketch import Block, Costs
 
 _NUMBER = 4  # bytes of a LoRA number and of its gradient: both are float32
-# Room that a caching allocator leaves between tensors, as a part of what the largest pass holds. Replayed steps leave 0.4
-# to 1.3 of it (tests/allocator.py); with expandable segments whole pages of it are moved before memory runs out.
+# Room that a caching allocator leaves between tensors, as a part of what the largest pass holds. Replayed steps leave
+# 0.4 to 1.3 of it (tests/allocator.py); with expandable segments whole pages of it are moved before memory runs out.
 _HOLES = 0.4
 
 
