@@ -294,7 +294,7 @@ def refusal(work: Work, card: Card, found: Sequence[Plan]) -> UserError:
     together: dict[str, Any] = {}
     for words, name, value in changes:
         said[name], together[name] = words, value
-        if _fits_somehow(replace(work, **together), card):
+        if len(said) > 1 and _fits_somehow(replace(work, **together), card):
             return UserError(what, f"{' '.join(said.values())} fits")
     return UserError(what, "choose a smaller model, or device=cpu")
 

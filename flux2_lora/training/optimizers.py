@@ -86,11 +86,11 @@ def make_optimizer(spec: OptimizerSpec, groups: Groups) -> torch.optim.Optimizer
 
 
 def state_bytes(spec: OptimizerSpec) -> float:
-    """Bytes of state for every number that is trained, by asking the optimizer after one step on a few thousand.
+    """Bytes of state for every number that is trained, by asking the optimizer after one step on one matrix.
 
     The moving average of the adapter is counted in. Moments that are paged count as if they stayed.
     """
-    matrix = nn.Parameter(torch.zeros(16, 1024))
+    matrix = nn.Parameter(torch.zeros(16, 16384))
     matrix.grad = torch.ones_like(matrix)
     kind = spec.kind.removeprefix("paged_")
     optimizer = make_optimizer(replace(spec, kind=kind), [{"params": [matrix], "lr": spec.lr, "lr_scale": 1.0}])

@@ -193,6 +193,7 @@ def test_what_cannot_fit_is_refused_with_the_change_that_would(
     assert error.value.remedy == remedy
 
 
+@pytest.mark.slow
 def test_several_changes_are_named_where_one_is_not_enough() -> None:
     work = work_of("flux2_klein_base_4b", 1024, batch_size=8, precision=PrecisionSpec(base="bf16"))
     with pytest.raises(UserError) as error:
@@ -200,6 +201,7 @@ def test_several_changes_are_named_where_one_is_not_enough() -> None:
     assert error.value.remedy.startswith("batch_size=1 dataset.resolution=")
 
 
+@pytest.mark.slow
 def test_what_no_change_makes_fit_is_said() -> None:
     with pytest.raises(UserError, match="choose a smaller model") as error:
         choose(work_of("flux2_klein_base_4b", 512), card("rtx4060_8gb", vram_gb=1.0))
