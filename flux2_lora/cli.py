@@ -30,6 +30,9 @@ PROGRAMS = {
     "prepare": Program(file="data/prepare.py", does="fill the latent and text caches of a folder of pictures"),
     "caption": Program(file="data/caption.py", does="write captions beside pictures, by a local Florence-2 or BLIP"),
     "inspect": Program(file="data/look.py", does="dry run on a folder, or what a LoRA file is and who will load it"),
+    "plan": Program(
+        file="scripts/plan.py", does="will it fit on a card, and how long will it take: memory and seconds"
+    ),
     "sample": Program(file="scripts/sample.py", does="grids of pictures from prompts, by adapters and strengths"),
     "edit": Program(file="scripts/edit.py", does="inpaint, outpaint, image to image"),
     "export": Program(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,12 +19,13 @@ from flux2_lora.conditioning import Conditioning
 from flux2_lora.errors import UserError, did_you_mean
 from flux2_lora.keys import is_target
 from flux2_lora.latents import Posterior
-from flux2_lora.networks.components import TextEncoders, check_widths, empty_autoencoder, load_autoencoder
+from flux2_lora.networks.components import TextEncoders, check_widths, empty_autoencoder, load_autoencoder, on_meta
+from flux2_lora.networks.prompts import LONGEST
 from flux2_lora.networks.text import PromptEncoder
 from flux2_lora.networks.transformers import blocks_of, empty_transformer, open_transformer
 from flux2_lora.options import option
-from flux2_lora.sources import ModelFiles, check_folders, check_parts, is_distilled, locate
-from flux2_lora.weights import Weights
+from flux2_lora.sources import ModelFiles, check_class, check_folders, check_parts, is_distilled, locate
+from flux2_lora.weights import Weights, open_file, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,26 @@ class TrainingDefaults:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """A transformer's shape in Diffusers' own words; what is not said here is the same in all models of its class.
+
+    companions_gb: text encoders and VAE as they are released.
+    """
+
+    num_layers: int = option(1, at_least=1)
+    num_single_layers: int = option(1, at_least=1)
+    num_attention_heads: int = option(1, at_least=1)
+    joint_attention_dim: int = option(1, at_least=1)
+    guidance_embeds: bool = False
+    companions_gb: float = option(0.0, at_least=0)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the transformer is built with."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "companions_gb"}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A model: its family, where it lies, and how its authors sample it.
 
@@ -44,7 +66,7 @@ class ModelSpec:
     a path that holds the transformer alone. title: as file managers show it; architecture_name: as ModelSpec headers
     spell it. max_sequence_length: tokens of a prompt, null for the family's own. distilled: made for few steps, to be
     sampled and not trained; train_distilled trains it all the same. base_prompts: what it draws in styles of its own.
-    licence: as the hub spells it.
+    licence: as the hub spells it. geometry: of the model under `path` while it is not on this machine, for plans.
     """
 
     family: str
@@ -68,6 +90,7 @@ class ModelSpec:
             "a bowl of fruit on a wooden table, studio light",
         ]
     )
+    geometry: Geometry = field(default_factory=Geometry)
     training: TrainingDefaults = field(default_factory=TrainingDefaults)
 
 
@@ -201,6 +224,56 @@ def open_model(spec: ModelSpec, *, to_train: bool = False) -> Model:
     empty_autoencoder(family.vae_class, files, family.latent_channels)
     family.text.check(files.components)
     return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """A model by its shape alone. config: what its transformer is built with; released_bytes: of all its files.
+
+    text_tokens: what a prompt is padded to.
+    """
+
+    family: ModelFamily
+    config: Mapping[str, Any]
+    released_bytes: int
+    text_tokens: int = LONGEST
+
+    def sketch(self, **changes: int) -> nn.Module:
+        """The transformer on the meta device, with some of its configuration changed."""
+        return on_meta(self.family.transformer_class, {**self.config, **changes}, "model.geometry")
+
+
+def outline(spec: ModelSpec) -> Outline:
+    """What `model.path` holds where it is a file or a folder here, else what `model.geometry` says; fetches nothing.
+
+    UserError where neither says anything.
+    """
+    family, place = load_family(spec.family), Path(spec.path).expanduser()
+    tokens = spec.max_sequence_length or LONGEST
+    companions = int(1e9 * spec.geometry.companions_gb)
+    if place.is_file():
+        config = family.configuration(open_file(place, family.architecture).shapes)
+        size = place.stat().st_size + companions
+        return Outline(family=family, config=config, released_bytes=size, text_tokens=tokens)
+    if place.is_dir():
+        check_class(place / "transformer", [family.transformer_class], family.name)
+        config = read_json(place / "transformer" / "config.json")
+        size = sum(file.stat().st_size for file in place.rglob("*.safetensors"))
+        pages = [read_json(page) for page in place.glob("tokenizer*/tokenizer_config.json")]
+        tokens = spec.max_sequence_length or max((_tokens(page) for page in pages), default=LONGEST)
+        return Outline(family=family, config=config, released_bytes=size, text_tokens=tokens)
+    if spec.geometry == Geometry():
+        raise UserError(
+            f"model.path={spec.path} is not on this computer, and nothing says what shape it has",
+            "give a folder or a file that is here, or model.geometry.num_layers=... and its neighbours",
+        )
+    drawn = Outline(family=family, config=spec.geometry.config, released_bytes=0, text_tokens=tokens)
+    weights = 2 * sum(parameter.numel() for parameter in drawn.sketch().parameters())
+    return replace(drawn, released_bytes=weights + companions)
+
+
+def _tokens(tokenizer: Mapping[str, Any]) -> int:
+    return min(int(tokenizer.get("model_max_length", LONGEST)), LONGEST)
 
 
 def _refuse_distilled(spec: ModelSpec) -> None:

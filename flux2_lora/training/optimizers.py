@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flux2_lora.errors import UserError
 from flux2_lora.options import option
@@ -83,6 +83,20 @@ def make_optimizer(spec: OptimizerSpec, groups: Groups) -> torch.optim.Optimizer
         raise UserError(
             f"optimizer={spec.kind} needs {error.name}", f"pip install '{package}', or optimizer=adamw"
         ) from error
+
+
+def state_bytes(spec: OptimizerSpec) -> float:
+    """Bytes of state for every number that is trained, by asking the optimizer after one step on one matrix.
+
+    The moving average of the adapter is counted in. Moments that are paged count as if they stayed.
+    """
+    matrix = nn.Parameter(torch.zeros(16, 16384))
+    matrix.grad = torch.ones_like(matrix)
+    kind = spec.kind.removeprefix("paged_")
+    optimizer = make_optimizer(replace(spec, kind=kind), [{"params": [matrix], "lr": spec.lr, "lr_scale": 1.0}])
+    optimizer.step()
+    held = [value for value in optimizer.state[matrix].values() if isinstance(value, Tensor)]
+    return sum(value.numel() * value.element_size() for value in held) / matrix.numel() + 4 * bool(spec.ema_decay)
 
 
 def _adamw(groups: Groups, spec: OptimizerSpec) -> torch.optim.Optimizer:
