@@ -15,87 +15,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flux2_lora.adapters import AdapterSpec
-from flux2_lora.caches import CacheSpec
 from flux2_lora.config import program
-from flux2_lora.dataset import DatasetSpec
 from flux2_lora.devices import pick_device
-from flux2_lora.families import ModelSpec, outline
+from flux2_lora.families import outline
 from flux2_lora.files import write_text
-from flux2_lora.flow import LossSpec, TimestepSpec
-from flux2_lora.inference.previews import PreviewSpec
 from flux2_lora.options import option
-from flux2_lora.planning.choose import Choice, Plan, Previews, Work, choose, drawing_plan
-from flux2_lora.planning.hardware import Card, HardwareSpec, card_of
-from flux2_lora.planning.memory import Learning
-from flux2_lora.quantize import PrecisionSpec
-from flux2_lora.training.memory import MemorySpec
-from flux2_lora.training.optimizers import OptimizerSpec, state_bytes
+from flux2_lora.planning.choose import Choice, Plan, Work, choose, drawing_plan
+from flux2_lora.planning.hardware import Card, card_of
+from flux2_lora.run_options import RunOptions
 from flux2_lora.training.progress import console
 from flux2_lora.training.report import duration
-from flux2_lora.training.tracking import LoggerSpec
-from flux2_lora.training.validation import ValidationSpec
 
 HEADINGS = ("", "resident", "slots", "plain", "GB", "host GB", "disk GB", "s/step", "run", "s/drawing")
-EDITED = 2  # rows of previews that edit a picture: inpainting and outpainting
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(RunOptions):
     """configs/plan.yaml: the options of train, most of which change no plan, and what is asked of the planner."""
 
-    model: ModelSpec
-    dataset: DatasetSpec
-    adapter: AdapterSpec
-    optimizer: OptimizerSpec
-    timesteps: TimestepSpec
-    loss: LossSpec
-    precision: PrecisionSpec
-    memory: MemorySpec
-    validation: ValidationSpec
-    preview: PreviewSpec
-    logger: LoggerSpec
-    hardware: HardwareSpec
-    name: str
-    cache: CacheSpec
     matmul: str = option("bf16", one_of=("bf16", "fp8"))
     output: str | None = None
-    output_dir: str = "outputs"
-    seed: int = option(0, at_least=0)
-    device: str = "auto"
-    processes: int | None = option(None, at_least=1)
-    max_steps: int = option(1000, at_least=1)
-    batch_size: int = option(1, at_least=1)
-    grad_accumulation: int = option(1, at_least=1)
-    checkpoint_every: int = option(100, at_least=1)
-    keep_last: int = option(3, at_least=0)
-    keep_best: bool = True
-    checks: bool = True
-    resume: str = "auto"
-    allow_change: bool = False
-    loader_workers: int = option(0, at_least=0)
 
 
 @program("plan")
 def main(config: PlanConfig) -> None:
-    preview = config.preview
-    work = Work(
-        outline=outline(config.model),
-        adapter=config.adapter,
-        precision=config.precision,
-        learning=Learning(state_bytes=state_bytes(config.optimizer)),
-        previews=Previews(
-            every=preview.every,
-            pictures=preview.count + EDITED * preview.edits,
-            steps=preview.steps,
-            passes=2 if preview.cfg_scale > 1 else 1,
-        ),
-        resolution=max(config.dataset.resolution),
-        batch_size=config.batch_size,
-        grad_accumulation=config.grad_accumulation,
-        max_steps=config.max_steps,
-        matmul=config.matmul,
-    )
+    work = config.work(outline(config.model), config.matmul)
     card = card_of(config.hardware, pick_device(config.device))
     costs = work.costs(card)
     choice = choose(work, card, costs)

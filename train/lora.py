@@ -28,33 +28,32 @@ from typing import Any
 
 import torch
 
-from flux2_lora.adapters import Adapter, AdapterSpec, Lora, attach, trainable
+from flux2_lora.adapters import Adapter, Lora, attach, trainable
 from flux2_lora.buckets import batches_between
-from flux2_lora.caches import CacheSpec
 from flux2_lora.config import arguments, changed_options, program, read_resolved, save_resolved
-from flux2_lora.dataset import DatasetSpec, Record, Scan, preview_prompts, scan, trigger_words
+from flux2_lora.dataset import Record, Scan, preview_prompts, scan, trigger_words
 from flux2_lora.dataset.seen import Memory
 from flux2_lora.dataset.spec import bundled_folder
 from flux2_lora.devices import keep_free_memory, pick_device
 from flux2_lora.errors import RunError, UserError, listed
 from flux2_lora.export import modules_of, table
-from flux2_lora.families import Model, ModelFamily, ModelSpec, load_family, open_model
-from flux2_lora.flow import LossSpec, TimestepSpec
+from flux2_lora.families import Model, ModelFamily, load_family, open_model
 from flux2_lora.inference.comparison import compare
 from flux2_lora.inference.own import own_samples
-from flux2_lora.inference.previews import Previewer, PreviewSet, PreviewSpec, preview_set
+from flux2_lora.inference.previews import Previewer, PreviewSet, preview_set
 from flux2_lora.inference.request import settings_of
 from flux2_lora.inference.run_page import write_report
 from flux2_lora.inference.sampling import Recipe
 from flux2_lora.inference.watch import Watch, due, open_watch
 from flux2_lora.lora_files import OUR_NAMES
 from flux2_lora.networks.features import Features, load_features
-from flux2_lora.options import option
+from flux2_lora.planning.choose import correct
 from flux2_lora.publish.learned import differences, learned_from, save_learned
 from flux2_lora.publish.release import Source, release
 from flux2_lora.publish.reproduce import from_card
 from flux2_lora.publish.run_card import read_card
-from flux2_lora.quantize import PrecisionSpec, load_frozen, stored_bytes
+from flux2_lora.quantize import load_frozen, stored_bytes
+from flux2_lora.run_options import Budget, RunOptions, budget_of
 from flux2_lora.stream import streamer_of
 from flux2_lora.targets import numbers_of, parse_ranked, resolve
 from flux2_lora.training.averaging import Ema
@@ -70,9 +69,8 @@ from flux2_lora.training.encoding import (
     texts_of,
 )
 from flux2_lora.training.interrupt import Interrupt
-from flux2_lora.training.memory import MemorySpec, compile_blocks, recompute_blocks
+from flux2_lora.training.memory import compile_blocks, recompute_blocks
 from flux2_lora.training.optimizers import (
-    OptimizerSpec,
     grouped,
     learning_rate,
     make_optimizer,
@@ -95,8 +93,7 @@ from flux2_lora.training.state import (
     set_aside,
 )
 from flux2_lora.training.step import Batch, Draws, Place, Sample, average_gradients, batches, share_of, training_loss
-from flux2_lora.training.tracking import LoggerSpec, Metrics, refuse_missing
-from flux2_lora.training.validation import ValidationSpec
+from flux2_lora.training.tracking import Metrics, refuse_missing
 
 # A resumed run may differ in these without being asked for it.
 MAY_CHANGE = (
@@ -116,6 +113,7 @@ MAY_CHANGE = (
     "loader_workers",
     "logger.",
     "cache.",
+    "hardware.",
     "memory.resident_blocks",
     "memory.slots",
     "memory.plain_blocks",
@@ -127,45 +125,8 @@ MAY_NEVER_CHANGE = ("model.", "adapter.", "optimizer.kind", "optimizer.b_lr_rati
 MOST_FAILURES = 10
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """All options of a run; configs/train.yaml has the defaults and each group its own page there.
-
-    from: a file that this program exported, whose run is made again.
-    """
-
-    model: ModelSpec
-    dataset: DatasetSpec
-    adapter: AdapterSpec
-    optimizer: OptimizerSpec
-    timesteps: TimestepSpec
-    loss: LossSpec
-    precision: PrecisionSpec
-    memory: MemorySpec
-    validation: ValidationSpec
-    preview: PreviewSpec
-    logger: LoggerSpec
-    name: str
-    cache: CacheSpec
-    output_dir: str = "outputs"
-    seed: int = option(0, at_least=0)
-    device: str = "auto"
-    processes: int | None = option(None, at_least=1)
-    max_steps: int = option(1000, at_least=1)
-    batch_size: int = option(1, at_least=1)
-    grad_accumulation: int = option(1, at_least=1)
-    checkpoint_every: int = option(100, at_least=1)
-    keep_last: int = option(3, at_least=0)
-    keep_best: bool = True
-    checks: bool = True
-    resume: str = "auto"
-    from_: str | None = None
-    allow_change: bool = False
-    loader_workers: int = option(0, at_least=0)
-
-
 @program("train", after_sweep=compare, before=from_card)
-def train(config: TrainConfig) -> None:
+def train(config: RunOptions) -> None:
     processes = open_processes(pick_device(config.device), config.processes)
     console.quiet = not processes.first
     run = Path(config.output_dir).expanduser() / config.name
@@ -173,9 +134,10 @@ def train(config: TrainConfig) -> None:
         data = look_and_encode(config, run, processes)
         if data is None:
             return
+        budget = budget_of(config, processes.device)
         with shortage_told("while the base was loaded and tried", partial(remedies, config, data, processes.device)):
-            state = build(config, data, processes)
-        learn(config, run, data, state, processes)
+            state = build(config, data, budget, processes)
+        learn(config, run, data, state, budget, processes)
         if processes.first:
             export(config, run, data, state)
 
@@ -198,7 +160,7 @@ class Data:
     facts: Mapping[str, Any]
 
 
-def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Data | None:
+def look_and_encode(config: RunOptions, run: Path, processes: Processes) -> Data | None:
     """Check everything before anything is written, then encode: later phases read cached tensors only.
 
     None for a run that has nothing left to do.
@@ -255,11 +217,12 @@ def look_and_encode(config: TrainConfig, run: Path, processes: Processes) -> Dat
     return data
 
 
-def build(config: TrainConfig, data: Data, processes: Processes) -> TrainState:
+def build(config: RunOptions, data: Data, budget: Budget | None, processes: Processes) -> TrainState:
     """The base, quantised and frozen, the adapter beside its projections, and seconds of checks before hours."""
     model, family, device = data.model, data.model.family, processes.device
     forget_peak(device)
-    transformer = load_frozen(model, config.precision, device, config.memory.placement(model.blocks()))
+    blocks, plan = model.blocks(), budget.plan if budget else None
+    transformer = load_frozen(model, config.precision, device, config.memory.placement(blocks, plan))
     draws = draws_of(config, family)
     batch = tried = None
     if config.checks:
@@ -272,7 +235,9 @@ def build(config: TrainConfig, data: Data, processes: Processes) -> TrainState:
     )
     if (streamer := streamer_of(transformer)) is not None:
         console.print(streamer.words)
-    recompute_blocks(transformer, config.memory.plain(model.blocks(), device))
+    if plan is not None:
+        console.print(plan.words)
+    recompute_blocks(transformer, config.memory.plain(blocks, device, plan))
     parameters = trainable(transformer)
     optimizer = make_optimizer(config.optimizer, grouped(config.optimizer, family.architecture, parameters))
     ema = Ema(config.optimizer.ema_decay, list(parameters.values())) if config.optimizer.ema_decay else None
@@ -298,7 +263,9 @@ def build(config: TrainConfig, data: Data, processes: Processes) -> TrainState:
     return state
 
 
-def learn(config: TrainConfig, run: Path, data: Data, state: TrainState, processes: Processes) -> None:
+def learn(
+    config: RunOptions, run: Path, data: Data, state: TrainState, budget: Budget | None, processes: Processes
+) -> None:
     """The loop. Every draw is a function of (seed, step, sample), so stopping and going on changes nothing."""
     family, device, start, micro = data.model.family, processes.device, state.step, config.grad_accumulation
     side = max(config.dataset.resolution)
@@ -343,7 +310,7 @@ def learn(config: TrainConfig, run: Path, data: Data, state: TrainState, process
                 save_checkpoint(run, state, adapter_of(config, data, state), data.facts)
                 prune_checkpoints(run, config.keep_last, watch.best_step if config.keep_best else None)
             if state.step == start + 3:
-                console.print(f"at this rate: {estimate(step_s, config.max_steps - state.step, peak)}")
+                tell_pace(budget, config.max_steps - state.step, step_s, peak)
     if data.encoder.healed:
         console.print(f"{data.encoder.healed} damaged entries of the cache were made again")
     if state.failing >= MOST_FAILURES:
@@ -356,8 +323,15 @@ def learn(config: TrainConfig, run: Path, data: Data, state: TrainState, process
         sys.exit(128 + (interrupt.signal or signal.SIGTERM))
 
 
+def tell_pace(budget: Budget | None, steps_left: int, step_s: float, peak: int) -> None:
+    """How long the run will take at this rate, and where the plan was wrong."""
+    console.print(f"at this rate: {estimate(step_s, steps_left, peak)}")
+    for line in correct(budget.plan, budget.card, step_s=step_s, peak_bytes=peak) if budget else ():
+        console.print(f"plan      {line}")
+
+
 def take_step(
-    config: TrainConfig,
+    config: RunOptions,
     processes: Processes,
     family: ModelFamily,
     state: TrainState,
@@ -391,7 +365,7 @@ def take_step(
     return mean, norm
 
 
-def export(config: TrainConfig, run: Path, data: Data, state: TrainState) -> None:
+def export(config: RunOptions, run: Path, data: Data, state: TrainState) -> None:
     """One file for all clients, re-read and proven; then what was learned and what comes next."""
     modules = modules_of(state.adapter(), config.adapter.rank, config.adapter.scale * config.adapter.rank)
     lora = Lora(
@@ -408,12 +382,12 @@ def export(config: TrainConfig, run: Path, data: Data, state: TrainState) -> Non
     tell_report(run)
 
 
-def exported(config: TrainConfig, run: Path) -> Path:
+def exported(config: RunOptions, run: Path) -> Path:
     """The file that a run ends in."""
     return run / "export" / f"{config.name}.safetensors"
 
 
-def tell(config: TrainConfig, run: Path) -> None:
+def tell(config: RunOptions, run: Path) -> None:
     """What was learned, where it lies, and the next command."""
     following = "flux2-lora train dataset.folder=~/pictures/mine dataset.trigger_word=mystyle name=mine"
     if config.dataset.folder != bundled_folder():
@@ -439,7 +413,7 @@ def tell_how_to_go_on(run: Path, step: int, *, first: bool) -> None:
         tell_report(run)
 
 
-def where_to_start(config: TrainConfig, run: Path) -> Checkpoint | None:
+def where_to_start(config: RunOptions, run: Path) -> Checkpoint | None:
     """The checkpoint to go on from, or None to start afresh; UserError when the run there is another one."""
     if config.resume == "never":
         return None
@@ -460,7 +434,7 @@ def where_to_start(config: TrainConfig, run: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def refuse_other_facts(config: TrainConfig, data: Data) -> None:
+def refuse_other_facts(config: RunOptions, data: Data) -> None:
     """UserError when a resumed run has not the pictures, captions, masks or processes that it began with."""
     before = data.checkpoint.facts if data.checkpoint else data.facts
     names = {"data": "pictures, captions or masks", "processes": "a number of processes"}
@@ -472,7 +446,7 @@ def refuse_other_facts(config: TrainConfig, data: Data) -> None:
         )
 
 
-def refuse_contradictions(config: TrainConfig, device: torch.device) -> None:
+def refuse_contradictions(config: RunOptions, device: torch.device) -> None:
     """UserError for options that contradict each other, before anything is looked for."""
     refuse_mixtures(config.optimizer, device)
     refuse_missing(config.logger)
@@ -485,7 +459,7 @@ def refuse_contradictions(config: TrainConfig, device: torch.device) -> None:
         raise UserError("validation.patience has nothing to wait for", "set validation.every=50, or patience=0")
 
 
-def refuse_what_would_do_nothing(config: TrainConfig, model: Model, records: Sequence[Record]) -> None:
+def refuse_what_would_do_nothing(config: RunOptions, model: Model, records: Sequence[Record]) -> None:
     """UserError for a wish that this model or these pictures cannot meet."""
     family = model.family
     ranks = resolve(config.adapter.targets, family.architecture, model.projections(), config.adapter.rank)
@@ -503,7 +477,7 @@ def refuse_what_would_do_nothing(config: TrainConfig, model: Model, records: Seq
         )
 
 
-def other_data(config: TrainConfig, found: Scan) -> list[str]:
+def other_data(config: RunOptions, found: Scan) -> list[str]:
     """How the pictures differ from those of the run that is made again (from=...)."""
     learned = read_card(Path(config.from_).expanduser()).learned if config.from_ else None
     if learned is None:
@@ -512,20 +486,18 @@ def other_data(config: TrainConfig, found: Scan) -> list[str]:
     return [f"data      {line}" for line in changed or ["pictures and captions are those of the run made again"]]
 
 
-def draws_of(config: TrainConfig, family: ModelFamily) -> Draws:
+def draws_of(config: RunOptions, family: ModelFamily) -> Draws:
     return Draws(family=family, density=config.timesteps, seed=config.seed)
 
 
-def batch_order(
-    config: TrainConfig, samples: CachedSamples, processes: int, start: int, stop: int
-) -> list[list[Place]]:
+def batch_order(config: RunOptions, samples: CachedSamples, processes: int, start: int, stop: int) -> list[list[Place]]:
     """(item, epoch) of each batch, over all processes, from micro-step `start` up to `stop`."""
     buckets = [item.bucket for item in samples.items]
     order = batches_between(buckets, config.batch_size * processes, config.seed, start, stop)
     return [[(index, epoch) for index in batch] for epoch, batch in order]
 
 
-def remedies(config: TrainConfig, data: Data, device: torch.device) -> list[Knob]:
+def remedies(config: RunOptions, data: Data, device: torch.device) -> list[Knob]:
     """The options that would need less memory than these."""
     side = max(config.dataset.resolution)
     demand = demand_of(
@@ -541,19 +513,19 @@ def remedies(config: TrainConfig, data: Data, device: torch.device) -> list[Knob
     return knobs(demand, resolution=side, rank=config.adapter.rank)
 
 
-def base_prompts(config: TrainConfig) -> list[str]:
+def base_prompts(config: RunOptions) -> list[str]:
     """Prompts in the base's own styles, on which forgetting is measured."""
     return config.model.base_prompts[: config.validation.base_style] if config.validation.every else []
 
 
-def all_texts(config: TrainConfig, records: Sequence[Record]) -> list[str]:
+def all_texts(config: RunOptions, records: Sequence[Record]) -> list[str]:
     """Every text of the run, to be encoded together: a large encoder's layers are then read once."""
     previews = [*config.preview.prompts, *preview_prompts(config.dataset), config.preview.negative_prompt]
     preserve_class = config.loss.preserve_class if config.loss.preserve else None
     return [*texts_of(records, preserve_class), *previews, *base_prompts(config)]
 
 
-def watch_of(config: TrainConfig, run: Path, data: Data, state: TrainState, device: torch.device) -> Watch:
+def watch_of(config: RunOptions, run: Path, data: Data, state: TrainState, device: torch.device) -> Watch:
     """What looks at the run as it goes: trackers, validation, previews."""
     metrics = Metrics(
         run / "metrics.jsonl",
@@ -605,7 +577,7 @@ def watch_of(config: TrainConfig, run: Path, data: Data, state: TrainState, devi
     )
 
 
-def adapter_of(config: TrainConfig, data: Data, state: TrainState) -> Adapter:
+def adapter_of(config: RunOptions, data: Data, state: TrainState) -> Adapter:
     return Adapter(
         state=state.adapter(),
         rank=config.adapter.rank,

@@ -43,6 +43,7 @@ from flux2_lora.training.encoding import Encoder
 
 _MOST_COLUMNS, _LEAST_STRIP, _MOST_STRIP = 5, 4, 6
 _MOST_THUMBNAILS, _THUMBNAIL_PX = 24, 256
+EDITED = len(EDITS)  # rows that edit a picture
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 from flux2_lora.planning.sketch import Block, Costs
+from flux2_lora.stream import spread
 
 _NUMBER = 4  # bytes of a LoRA number and of its gradient: both are float32
 # Room that a caching allocator leaves between tensors, as a part of what the largest pass holds. Replayed steps leave
@@ -38,7 +39,7 @@ class Layout:
 
     def residents(self, blocks: int) -> frozenset[int]:
         """Which blocks stay."""
-        return frozenset(place * blocks // self.resident for place in range(self.resident))
+        return spread(self.resident, blocks)
 
 
 @dataclass(frozen=True, kw_only=True)

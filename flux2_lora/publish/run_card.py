@@ -30,7 +30,18 @@ ELSEWHERE = ".../"
 """Before the last part of a path that is not told."""
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
 # Of the machine and not of the run.
-_LEFT_OUT = ("output_dir", "cache", "device", "processes", "loader_workers", "logger", "resume", "allow_change", "from")
+_LEFT_OUT = (
+    "output_dir",
+    "cache",
+    "device",
+    "processes",
+    "loader_workers",
+    "logger",
+    "hardware",
+    "resume",
+    "allow_change",
+    "from",
+)
 # What folders and captions are called; left out on request.
 _PRIVATE = (
     *("dataset.folder", "dataset.hub", "dataset.sources", "dataset.import", "dataset.regularisation"),

@@ -63,9 +63,13 @@ class MemorySpec:
         )
 
     def plain(self, blocks: int, device: torch.device, choice: Choice | None = None) -> frozenset[int]:
-        """Numbers of the blocks that keep their activations."""
+        """Numbers of the blocks that keep their activations: the last ones, whose backward comes first.
+
+        What they keep is gone when earlier blocks are computed again, and need room for that.
+        """
         usual = blocks if device.type == "cpu" else 0
-        return spread(_first(self.plain_blocks, choice.plain_blocks if choice else None, usual), blocks)
+        count = min(_first(self.plain_blocks, choice.plain_blocks if choice else None, usual), blocks)
+        return frozenset(range(blocks - count, blocks))
 
 
 def recompute_blocks(transformer: nn.Module, plain: Collection[int]) -> None:

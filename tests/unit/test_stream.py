@@ -494,7 +494,7 @@ def test_memory_options_come_before_a_choice_and_a_choice_before_what_is_usual()
 
     cuda = torch.device("cuda")
     assert MemorySpec().placement(6) is None
-    assert (MemorySpec().plain(6, CPU), MemorySpec().plain(6, cuda)) == (spread(6, 6), frozenset())
+    assert (MemorySpec().plain(6, CPU), MemorySpec().plain(6, cuda)) == (frozenset(range(6)), frozenset())
     chosen = MemorySpec().placement(6, Chosen())
     assert chosen is not None
     assert (len(chosen.resident), chosen.slots, len(MemorySpec().plain(6, cuda, Chosen()))) == (3, 4, 1)
