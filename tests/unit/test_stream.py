@@ -20,6 +20,7 @@ from flux2_lora.adapters import AdapterSpec, Lora, LoraWeights, attach, attach_l
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.copiers import AtOnce, Copier
 from flux2_lora.families import Model, load_family
+from flux2_lora.files import FileDigests
 from flux2_lora.host import Host, InMemory, pack
 from flux2_lora.networks.transformers import blocks_in
 from flux2_lora.placement import Placement, streamer_on
@@ -600,3 +601,11 @@ def test_a_device_without_streams_gets_its_blocks_at_once(case: Case) -> None:
     expected = case.velocity(transformer)
     attach_streamer(transformer, streamer_on(CPU, blocks, layouts, host, 2, "staged"))
     assert torch.equal(case.velocity(transformer), expected)
+
+
+def test_a_single_files_digest_is_that_of_its_bytes(tmp_path: Path) -> None:
+    one, same, other = (tmp_path / name for name in ("one.safetensors", "same.safetensors", "other.safetensors"))
+    for file, content in ((one, b"a"), (same, b"a"), (other, b"b")):
+        file.write_bytes(content)
+    digests = FileDigests(tmp_path / "files.json")
+    assert digests.of(one) == digests.of(same) != digests.of(other)
