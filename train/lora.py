@@ -135,7 +135,9 @@ def train(config: RunOptions) -> None:
         if data is None:
             return
         budget = budget_of(config, processes.device)
-        with shortage_told("while the base was loaded and tried", partial(remedies, config, data, processes.device)):
+        with shortage_told(
+            "while the base was loaded and tried", partial(remedies, config, data, budget, processes.device)
+        ):
             state = build(config, data, budget, processes)
         learn(config, run, data, state, budget, processes)
         if processes.first:
@@ -273,9 +275,10 @@ def learn(
     console.print(f"noise levels at {side} px: {noise_levels(config.timesteps, mu)}")
     if device.type == "cpu":
         keep_free_memory()
-    watch = watch_of(config, run, data, state, device) if processes.first else None
+    told = partial(remedies, config, data, budget, device)
+    watch = watch_of(config, run, data, state, budget, device) if processes.first else None
     if watch is not None and start == 0:
-        with shortage_told("in validation at step 0", partial(remedies, config, data, device)):
+        with shortage_told("in validation at step 0", told):
             watch.look(state)
     order = batch_order(config, data.samples, processes.count, start * micro, config.max_steps * micro)
     stream = batches(
@@ -293,12 +296,14 @@ def learn(
         while state.step < config.max_steps and not stopping:
             began = time.perf_counter()
             lr = learning_rate(config.optimizer, state.step, config.max_steps)
-            with shortage_told(f"in step {state.step + 1}", partial(remedies, config, data, device)):
+            with shortage_told(f"in step {state.step + 1}", told):
                 loss, norm = take_step(config, processes, family, state, stream, lr)
             step_s, peak = time.perf_counter() - began, peak_bytes(device)
             if watch is not None:
                 watch.note(state, loss=loss, lr=lr, grad_norm=norm, step_s=step_s, peak_bytes=peak)
-                with shortage_told(f"in validation at step {state.step}", partial(remedies, config, data, device)):
+                with shortage_told(
+                    f"in validation at step {state.step}", partial(remedies, config, data, budget, device)
+                ):
                     watch.look(state)
                 bar.update(state.step, loss=loss, validation=watch.validation_loss, step_s=step_s, peak=peak)
                 enough = watch.enough
@@ -497,7 +502,7 @@ def batch_order(config: RunOptions, samples: CachedSamples, processes: int, star
     return [[(index, epoch) for index in batch] for epoch, batch in order]
 
 
-def remedies(config: RunOptions, data: Data, device: torch.device) -> list[Knob]:
+def remedies(config: RunOptions, data: Data, budget: Budget | None, device: torch.device) -> list[Knob]:
     """The options that would need less memory than these."""
     side = max(config.dataset.resolution)
     demand = demand_of(
@@ -506,6 +511,7 @@ def remedies(config: RunOptions, data: Data, device: torch.device) -> list[Knob]
         config.memory,
         config.adapter,
         device,
+        choice=budget.plan if budget else None,
         batch_size=config.batch_size,
         side_px=side,
         text_tokens=data.scene.conditioning.embeds.shape[1],
@@ -525,7 +531,9 @@ def all_texts(config: RunOptions, records: Sequence[Record]) -> list[str]:
     return [*texts_of(records, preserve_class), *previews, *base_prompts(config)]
 
 
-def watch_of(config: RunOptions, run: Path, data: Data, state: TrainState, device: torch.device) -> Watch:
+def watch_of(
+    config: RunOptions, run: Path, data: Data, state: TrainState, budget: Budget | None, device: torch.device
+) -> Watch:
     """What looks at the run as it goes: trackers, validation, previews."""
     metrics = Metrics(
         run / "metrics.jsonl",
@@ -573,7 +581,7 @@ def watch_of(config: RunOptions, run: Path, data: Data, state: TrainState, devic
         features=data.features,
         own=own_samples(data.encoder, state.transformer, base_prompts(config), side, own),
         at_once=config.batch_size,
-        remedies=partial(remedies, config, data, device),
+        remedies=partial(remedies, config, data, budget, device),
     )
 
 

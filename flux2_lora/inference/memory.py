@@ -8,6 +8,7 @@ holds it against a measurement.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,21 @@ from torch import nn
 
 from flux2_lora.devices import compute_dtype, free_bytes
 from flux2_lora.errors import UserError
+from flux2_lora.families import Model, outline
 from flux2_lora.inference.pictures import SMALL_TILE_PX, coding_bytes
+from flux2_lora.planning.choose import Work, drawing_plan
+from flux2_lora.planning.hardware import Card
+from flux2_lora.planning.memory import Layout
+from flux2_lora.quantize import PrecisionSpec
 
 _NUMBERS_A_TOKEN = 32
+
+
+def drawing_layout(model: Model, precision: PrecisionSpec, vae: nn.Module, card: Card) -> Layout:
+    """Which blocks stay on a card while pictures of the model's own size are drawn, room for decoding kept free."""
+    room = replace(card, vram_bytes=card.vram_bytes - coding_bytes(vae, SMALL_TILE_PX**2))
+    work = Work(outline=outline(model.spec), precision=precision, resolution=model.spec.resolution)
+    return drawing_plan(work, room, work.costs(room))[0]
 
 
 def most_at_once(needed: Callable[[int, int], int], device: torch.device, height_px: int, width_px: int) -> int:

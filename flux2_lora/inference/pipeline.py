@@ -29,12 +29,13 @@ from flux2_lora.errors import UserError
 from flux2_lora.families import Model, ModelFamily, ModelSpec, open_model
 from flux2_lora.inference import starts
 from flux2_lora.inference.edit import Border, around, border_for, extend, soften
-from flux2_lora.inference.memory import most_at_once, needed_bytes
+from flux2_lora.inference.memory import drawing_layout, most_at_once, needed_bytes
 from flux2_lora.inference.pictures import decoded, encoded, fit, mask_of
 from flux2_lora.inference.sampling import Prompted, Recipe, generate, initial_noise, split_to_fit
 from flux2_lora.inference.starts import Start
 from flux2_lora.lora_files import read_loras
 from flux2_lora.options import from_mapping
+from flux2_lora.planning.hardware import HardwareSpec, card_of
 from flux2_lora.quantize import PrecisionSpec, load_frozen
 from flux2_lora.training.memory import MemorySpec, compile_blocks
 
@@ -86,10 +87,13 @@ class Pipeline:
     ) -> Pipeline:
         """Encode the prompts that are known, drop the text encoders, then load transformer and VAE and attach.
 
-        memory: what of the base stays on the device; null for all of it.
+        memory: what of the base stays on the device; what it leaves open is chosen for a card, and elsewhere all stays.
         """
         texts, memory = _encode(model, prompts, device), memory or MemorySpec()
-        transformer = load_frozen(model, precision, device, memory.placement(model.blocks()))
+        vae, layout = model.load_vae(device), None
+        if device.type == "cuda" and memory.resident_blocks is None:
+            layout = drawing_layout(model, precision, vae, card_of(HardwareSpec(), device))
+        transformer = load_frozen(model, precision, device, memory.placement(model.blocks(), layout))
         names = attach_loras(transformer, loras)
         if memory.compile:
             compile_blocks(transformer)
@@ -98,7 +102,7 @@ class Pipeline:
         return cls(
             model=model,
             transformer=transformer,
-            vae=model.load_vae(device),
+            vae=vae,
             adapters=names,
             device=device,
             recipe=recipe,

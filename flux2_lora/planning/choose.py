@@ -169,11 +169,21 @@ def plans(work: Work, card: Card, costs: Costs) -> Iterator[Plan]:
 
 
 def drawing_plan(work: Work, card: Card, costs: Costs) -> tuple[Layout, float]:
-    """For drawing without training: the layout with the most residents that fit, and seconds of a forward pass."""
+    """For drawing without training: the layout with the most residents that fit, and seconds of a forward pass.
+
+    UserError where none fits.
+    """
     search = _Search(work=work, card=card, costs=costs)
     layouts = [Layout(resident=search.count)]
     layouts += [Layout(slots=k, resident=r) for k in SLOTS for r in reversed(range(search.count - k))]
     fitting = [one for one in layouts if drawing_bytes(costs, one, card.context_bytes) <= card.vram_bytes]
+    if not fitting:
+        least = min(drawing_bytes(costs, one, card.context_bytes) for one in layouts)
+        raise UserError(
+            f"drawing at {work.resolution} px needs {least / 1e9:.1f} GB at least, and {card.name} has "
+            f"{card.vram_bytes / 1e9:.1f} GB to give",
+            "close other programs, choose precision=nf4 or a smaller model, or device=cpu",
+        )
     timed = [(search.draw_s(one, "pinned"), place) for place, one in enumerate(fitting)]
     best, place = min(timed)
     return fitting[place], best

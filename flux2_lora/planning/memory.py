@@ -37,6 +37,14 @@ class Layout:
     resident: int = 0
     plain: int = 0
 
+    @property
+    def resident_blocks(self) -> int:
+        return self.resident
+
+    @property
+    def plain_blocks(self) -> int:
+        return self.plain
+
     def residents(self, blocks: int) -> frozenset[int]:
         """Which blocks stay."""
         return spread(self.resident, blocks)

@@ -20,7 +20,7 @@ from flux2_lora.errors import RunError
 from flux2_lora.families import Model
 from flux2_lora.quantize import PrecisionSpec
 from flux2_lora.targets import resolve
-from flux2_lora.training.memory import MemorySpec
+from flux2_lora.training.memory import Choice, MemorySpec
 
 _PLAIN, _WORKING = 23, 30
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA and MPS; a CPU under Linux, Windows
@@ -65,15 +65,19 @@ def demand_of(
     adapter: AdapterSpec,
     device: torch.device,
     *,
+    choice: Choice | None = None,
     batch_size: int,
     side_px: int,
     text_tokens: int,
 ) -> Demand:
-    """Of a run on square pictures, read off the names and shapes of the model's weights."""
+    """Of a run on square pictures, read off the names and shapes of the model's weights.
+
+    choice: what was chosen where `memory` leaves it open.
+    """
     shapes, blocks = model.weights.shapes, model.blocks()
     config = model.family.configuration(shapes)
     stored = sum(math.prod(shape) for name, shape in shapes.items() if "transformer_blocks." in name and len(shape) > 1)
-    placement = memory.placement(blocks)
+    placement = memory.placement(blocks, choice)
     stay = blocks if placement is None else len(placement.resident)
     ranks = resolve(adapter.targets, model.family.architecture, model.projections(), adapter.rank)
     return Demand(
@@ -82,7 +86,7 @@ def demand_of(
         text_tokens=text_tokens,
         width_bytes=config["num_attention_heads"] * config["attention_head_dim"] * compute_dtype(device).itemsize,
         blocks=blocks,
-        plain_blocks=len(memory.plain(blocks, device)),
+        plain_blocks=len(memory.plain(blocks, device, choice)),
         resident_bytes=max(precision.bytes_of(stored * (stay - 2) // blocks), 0),
         adapter_bytes=sum(8 * rank * sum(shapes[f"{module}.weight"]) for module, rank in ranks.items()),
     )

@@ -57,3 +57,20 @@ def test_memory_that_runs_out_in_a_preview_is_passed_over_and_in_a_step_ends_the
     assert "memory ran out in step 1" in outcome.err
     assert "batch_size=2 frees about" in outcome.err
     assert "memory.plain_blocks=0 frees about" in outcome.err
+
+
+def test_a_run_follows_the_plan_for_its_budget_and_draws_the_same(trained: Path, command: Command) -> None:
+    budget = ("hardware=8gb", "hardware.reserved_gb=0.001", "hardware.context_gb=0.001", "hardware.vram_gb=0.022")
+    outcome = command("train", *SHORT, "preview.every=4", "preview.steps=2", "name=short", *budget)
+    assert outcome.code == 0, outcome.err
+    assert "planned   streamed" in outcome.out
+    assert "plan      a step takes" in outcome.out
+    assert "blocks are streamed from" in outcome.out
+    checkpoint = "checkpoints/step-000004/adapter.safetensors"
+    assert (Path("outputs/short") / checkpoint).read_bytes() == (trained / checkpoint).read_bytes()
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_a_change(command: Command) -> None:
+    outcome = command("train", *SHORT, "hardware=8gb", "hardware.vram_gb=0.9")
+    assert outcome.code == 2
+    assert "and a card of 8 GB has 0.3 GB to give" in outcome.err
