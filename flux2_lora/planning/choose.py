@@ -152,7 +152,7 @@ def choose(work: Work, card: Card, costs: Costs | None = None) -> Choice:
 
 def plans(work: Work, card: Card, costs: Costs) -> Iterator[Plan]:
     """The best of every kind; of a kind that does not fit, the smallest."""
-    search = _Search(work=work, card=card, costs=costs)
+    search = Search(work=work, card=card, costs=costs)
     everything = Layout(resident=search.count)
     yield search.plan("resident, recomputed", everything, "device")
     most = search.most_plain(everything)
@@ -173,7 +173,7 @@ def drawing_plan(work: Work, card: Card, costs: Costs) -> tuple[Layout, float]:
 
     UserError where none fits.
     """
-    search = _Search(work=work, card=card, costs=costs)
+    search = Search(work=work, card=card, costs=costs)
     layouts = [Layout(resident=search.count)]
     layouts += [Layout(slots=k, resident=r) for k in SLOTS for r in reversed(range(search.count - k))]
     fitting = [one for one in layouts if drawing_bytes(costs, one, card.context_bytes) <= card.vram_bytes]
@@ -190,7 +190,9 @@ def drawing_plan(work: Work, card: Card, costs: Costs) -> tuple[Layout, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Search:
+class Search:
+    """A run on a card, and what any layout of its blocks holds and takes there."""
+
     work: Work
     card: Card
     costs: Costs
@@ -332,7 +334,7 @@ def _changes(work: Work) -> Iterator[tuple[str, str, Any]]:
 
 def _fits_somehow(work: Work, card: Card) -> bool:
     """Whether the layout that holds least fits."""
-    search = _Search(work=work, card=card, costs=work.costs(card))
+    search = Search(work=work, card=card, costs=work.costs(card))
     if card.streams:
         return search.plan("", Layout(slots=SLOTS[0]), "disk").fits(card)
     return search.plan("", Layout(resident=search.count), "device").fits(card)

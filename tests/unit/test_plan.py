@@ -98,10 +98,10 @@ def test_streaming_stretches_a_step_as_it_was_predicted(
 
 def stretched(model: str, px: int, hardware: str, **changes: float) -> float:
     """Seconds of a step with two slots and nothing resident."""
-    from flux2_lora.planning.choose import _Search
+    from flux2_lora.planning.choose import Search
     from flux2_lora.planning.memory import Layout
 
-    search = _Search(work=work_of(model, px), card=card(hardware, **changes), costs=costs_of(model, px))
+    search = Search(work=work_of(model, px), card=card(hardware, **changes), costs=costs_of(model, px))
     return search.step_s(Layout(slots=2), "pinned")
 
 
