@@ -134,12 +134,10 @@ def train(config: RunOptions) -> None:
         data = look_and_encode(config, run, processes)
         if data is None:
             return
-        budget = budget_of(config, processes.device)
-        with shortage_told(
-            "while the base was loaded and tried", partial(remedies, config, data, budget, processes.device)
-        ):
-            state = build(config, data, budget, processes)
-        learn(config, run, data, state, budget, processes)
+        told = partial(remedies, config, data, processes.device)
+        with shortage_told("while the base was loaded and tried", told):
+            state = build(config, data, processes)
+        learn(config, run, data, state, processes)
         if processes.first:
             export(config, run, data, state)
 
@@ -148,10 +146,11 @@ def train(config: RunOptions) -> None:
 class Data:
     """All that a run takes from outside: the model's files, cached tensors, and the checkpoint to go on from.
 
-    facts: what a checkpoint notes down, and a resumed run must find again.
+    facts: what a checkpoint notes down, and a resumed run must find again. budget: None where memory needs no plan.
     """
 
     model: Model
+    budget: Budget | None
     records: Sequence[Record]
     encoder: Encoder
     samples: CachedSamples
@@ -182,6 +181,7 @@ def look_and_encode(config: RunOptions, run: Path, processes: Processes) -> Data
         place = config.validation.features if config.validation.nearest and config.preview.every else None
         features = load_features(place, torch.device("cpu")) if place else None
         refuse_what_would_do_nothing(config, model, found.training)
+        budget = budget_of(config, processes.device)
         pictures = f"{len(found.training)} pictures, {len(found.validation)} held out"
         console.print(f"{config.name}: {pictures}, on {processes.words}")
         for line in [*found.report(skipped), *other_data(config, found)]:
@@ -206,6 +206,7 @@ def look_and_encode(config: RunOptions, run: Path, processes: Processes) -> Data
             encoder.verify()  # an encoder cannot run in a worker, so damage is mended before they start
     data = Data(
         model=model,
+        budget=budget,
         records=found.training,
         encoder=encoder,
         samples=samples,
@@ -219,11 +220,11 @@ def look_and_encode(config: RunOptions, run: Path, processes: Processes) -> Data
     return data
 
 
-def build(config: RunOptions, data: Data, budget: Budget | None, processes: Processes) -> TrainState:
+def build(config: RunOptions, data: Data, processes: Processes) -> TrainState:
     """The base, quantised and frozen, the adapter beside its projections, and seconds of checks before hours."""
     model, family, device = data.model, data.model.family, processes.device
     forget_peak(device)
-    blocks, plan = model.blocks(), budget.plan if budget else None
+    blocks, plan = model.blocks(), data.budget.plan if data.budget else None
     transformer = load_frozen(model, config.precision, device, config.memory.placement(blocks, plan))
     draws = draws_of(config, family)
     batch = tried = None
@@ -265,9 +266,7 @@ def build(config: RunOptions, data: Data, budget: Budget | None, processes: Proc
     return state
 
 
-def learn(
-    config: RunOptions, run: Path, data: Data, state: TrainState, budget: Budget | None, processes: Processes
-) -> None:
+def learn(config: RunOptions, run: Path, data: Data, state: TrainState, processes: Processes) -> None:
     """The loop. Every draw is a function of (seed, step, sample), so stopping and going on changes nothing."""
     family, device, start, micro = data.model.family, processes.device, state.step, config.grad_accumulation
     side = max(config.dataset.resolution)
@@ -275,8 +274,8 @@ def learn(
     console.print(f"noise levels at {side} px: {noise_levels(config.timesteps, mu)}")
     if device.type == "cpu":
         keep_free_memory()
-    told = partial(remedies, config, data, budget, device)
-    watch = watch_of(config, run, data, state, budget, device) if processes.first else None
+    told = partial(remedies, config, data, device)
+    watch = watch_of(config, run, data, state, device) if processes.first else None
     if watch is not None and start == 0:
         with shortage_told("in validation at step 0", told):
             watch.look(state)
@@ -301,9 +300,7 @@ def learn(
             step_s, peak = time.perf_counter() - began, peak_bytes(device)
             if watch is not None:
                 watch.note(state, loss=loss, lr=lr, grad_norm=norm, step_s=step_s, peak_bytes=peak)
-                with shortage_told(
-                    f"in validation at step {state.step}", partial(remedies, config, data, budget, device)
-                ):
+                with shortage_told(f"in validation at step {state.step}", told):
                     watch.look(state)
                 bar.update(state.step, loss=loss, validation=watch.validation_loss, step_s=step_s, peak=peak)
                 enough = watch.enough
@@ -315,7 +312,7 @@ def learn(
                 save_checkpoint(run, state, adapter_of(config, data, state), data.facts)
                 prune_checkpoints(run, config.keep_last, watch.best_step if config.keep_best else None)
             if state.step == start + 3:
-                tell_pace(budget, config.max_steps - state.step, step_s, peak)
+                tell_pace(data.budget, config.max_steps - state.step, step_s, peak)
     if data.encoder.healed:
         console.print(f"{data.encoder.healed} damaged entries of the cache were made again")
     if state.failing >= MOST_FAILURES:
@@ -502,7 +499,7 @@ def batch_order(config: RunOptions, samples: CachedSamples, processes: int, star
     return [[(index, epoch) for index in batch] for epoch, batch in order]
 
 
-def remedies(config: RunOptions, data: Data, budget: Budget | None, device: torch.device) -> list[Knob]:
+def remedies(config: RunOptions, data: Data, device: torch.device) -> list[Knob]:
     """The options that would need less memory than these."""
     side = max(config.dataset.resolution)
     demand = demand_of(
@@ -511,7 +508,7 @@ def remedies(config: RunOptions, data: Data, budget: Budget | None, device: torc
         config.memory,
         config.adapter,
         device,
-        choice=budget.plan if budget else None,
+        choice=data.budget.plan if data.budget else None,
         batch_size=config.batch_size,
         side_px=side,
         text_tokens=data.scene.conditioning.embeds.shape[1],
@@ -531,9 +528,7 @@ def all_texts(config: RunOptions, records: Sequence[Record]) -> list[str]:
     return [*texts_of(records, preserve_class), *previews, *base_prompts(config)]
 
 
-def watch_of(
-    config: RunOptions, run: Path, data: Data, state: TrainState, budget: Budget | None, device: torch.device
-) -> Watch:
+def watch_of(config: RunOptions, run: Path, data: Data, state: TrainState, device: torch.device) -> Watch:
     """What looks at the run as it goes: trackers, validation, previews."""
     metrics = Metrics(
         run / "metrics.jsonl",
@@ -581,7 +576,7 @@ def watch_of(
         features=data.features,
         own=own_samples(data.encoder, state.transformer, base_prompts(config), side, own),
         at_once=config.batch_size,
-        remedies=partial(remedies, config, data, budget, device),
+        remedies=partial(remedies, config, data, device),
     )
 
 

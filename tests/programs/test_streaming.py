@@ -74,3 +74,4 @@ def test_a_budget_that_nothing_fits_is_refused_with_a_change(command: Command) -
     outcome = command("train", *SHORT, "hardware=8gb", "hardware.vram_gb=0.9")
     assert outcome.code == 2
     assert "and a card of 8 GB has 0.3 GB to give" in outcome.err
+    assert not Path("outputs/demo/run.yaml").exists()
