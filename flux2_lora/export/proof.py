@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from flux2_lora.adapters import LoraWeights
 from flux2_lora.export.clients import CLIENTS, LoraFile, Reading, clients_of, file_of, invokeai_note
@@ -79,13 +80,13 @@ def proofs_of(
 ) -> list[Proof]:
     """One for each client that runs the architecture. dtype: what the adapter may have been rounded to."""
     fused = any(not name.name.startswith("transformer.") for name in file.entries)
-    proofs = []
+    proofs, judge = [], _Judge(modules, dtype)
     for client in clients_of(architecture):
         reading = CLIENTS[client](file, architecture)
         note = reading.refusal or (
             invokeai_note(modules, fused=fused) if client == "InvokeAI" and architecture == "flux2" else ""
         )
-        matched, total, worst = _compared(reading, modules, dtype)
+        matched, total, worst = judge.compared(reading)
         proofs.append(
             Proof(client=client, matched=matched, total=total, worst=worst, note=note, required=client in required)
         )
@@ -112,12 +113,14 @@ def save_proof(path: Path, proofs: Sequence[Proof], sha256: str) -> Path:
 def relative_difference(truth: LoraWeights | None, read: LoraWeights | None) -> float:
     """|read - truth| / |truth| of two updates, Frobenius; None is no update. Infinite for another shape or NaN.
 
-    The difference of two low-rank products is one, [s' B', -s B] [A'; A]; with L = Q R, its norm is that of R R^T.
+    The difference of two low-rank products is one, [s' B', -s B] [A'; A].
     """
     if truth is None or read is None:
         return 0.0 if norm(truth) == norm(read) else math.inf
     if truth.up.shape[0] != read.up.shape[0] or truth.down.shape[1] != read.down.shape[1]:
         return math.inf
+    if read.scale == truth.scale and torch.equal(read.up, truth.up) and torch.equal(read.down, truth.down):
+        return 0.0 if read.up.isfinite().all() and read.down.isfinite().all() else math.inf
     left = torch.cat([read.scale * read.up.double(), -truth.scale * truth.up.double()], dim=1)
     error, size = _norm(left, torch.cat([read.down.double(), truth.down.double()])), norm(truth)
     return math.inf if math.isnan(error) else error / size if size else math.inf if error else 0.0
@@ -128,24 +131,40 @@ def norm(pair: LoraWeights | None) -> float:
     return 0.0 if pair is None else _norm(pair.scale * pair.up.double(), pair.down.double())
 
 
-def _norm(left: torch.Tensor, right: torch.Tensor) -> float:
-    """|left @ right| of [m r] and [r n], of the triangular factors where they are the smaller ones."""
+def _norm(left: Tensor, right: Tensor) -> float:
+    """|left @ right| of [m r] and [r n] float64: |L R|^2 = trace (L' L)(R R'), good to 1e-8 of the factors' size."""
     if not (left.isfinite().all() and right.isfinite().all()):
         return math.nan
-    return float((torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T).norm())
+    return math.sqrt(max(float(((left.T @ left) * (right @ right.T)).sum()), 0.0))
 
 
-def _compared(reading: Reading, modules: Mapping[str, LoraWeights], dtype: torch.dtype) -> tuple[int, int, float]:
-    """(Linears that match, of how many, worst relative difference to the trained update)."""
-    matched, worst = 0, 0.0
-    for linear, trained in modules.items():
-        found = reading.updates.get(linear)
-        difference = relative_difference(trained, found)
-        exact = relative_difference(_rounded(trained, dtype), found) <= _EXACT
-        matched += exact and difference <= _allowed(trained, dtype)
-        worst = max(worst, difference)
-    beyond = [linear for linear, found in reading.updates.items() if linear not in modules and norm(found) != 0]
-    return matched, max(len(modules) + len(beyond), matched + len(beyond) + len(reading.unread)), worst
+class _Judge:
+    """Compares what clients apply with the adapter; most of them apply the same tensors, which are compared once."""
+
+    def __init__(self, modules: Mapping[str, LoraWeights], dtype: torch.dtype) -> None:
+        self._modules = modules
+        self._rounded = {linear: _rounded(lora, dtype) for linear, lora in modules.items()}
+        self._rounding = {linear: relative_difference(lora, self._rounded[linear]) for linear, lora in modules.items()}
+        self._sound = {linear: self._rounding[linear] <= _allowed(lora, dtype) for linear, lora in modules.items()}
+        self._seen: dict[tuple[object, ...], tuple[bool, float]] = {}
+
+    def compared(self, reading: Reading) -> tuple[int, int, float]:
+        """(Linears that match, of how many, worst relative difference to the trained update)."""
+        found = [self._of(linear, reading.updates.get(linear)) for linear in self._modules]
+        matched, worst = sum(right for right, _ in found), max(difference for _, difference in found)
+        beyond = [linear for linear, read in reading.updates.items() if linear not in self._modules and norm(read) != 0]
+        total = max(len(found) + len(beyond), matched + len(beyond) + len(reading.unread))
+        return matched, total, worst
+
+    def _of(self, linear: str, read: LoraWeights | None) -> tuple[bool, float]:
+        if read is None:
+            return False, math.inf
+        key = (linear, read.scale, *((half.data_ptr(), tuple(half.shape)) for half in (read.down, read.up)))
+        if key not in self._seen:
+            exact = relative_difference(self._rounded[linear], read) <= _EXACT
+            difference = self._rounding[linear] if exact else relative_difference(self._modules[linear], read)
+            self._seen[key] = exact and self._sound[linear], difference
+        return self._seen[key]
 
 
 def _rounded(lora: LoraWeights, dtype: torch.dtype) -> LoraWeights:
