@@ -216,7 +216,7 @@ def test_a_job_finds_its_program_in_another_process() -> None:
     main = runpy.run_path(str(share() / "train/lora.py"), run_name="elsewhere")["train"]
     found = pickle.loads(pickle.dumps(_Job(run=main.__wrapped__, sweep=Path("a"), total=3)))
     assert (found.run.__name__, found.sweep, found.total, found.here) == ("train", Path("a"), 3, False)
-    assert config.schema_of(found.run).__name__ == "TrainConfig"
+    assert config.schema_of(found.run).__name__ == "RunOptions"
 
 
 @pytest.mark.parametrize("launcher", ["submitit_slurm", "submitit_local"])
