@@ -25,10 +25,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,9 @@ from flux2_lora.weights import Stored
 
 HELD, CONTEXT = 0.6e9, 0.45e9  # of a card: by the desktop and others, and by the driver for this process
 RANK, LIMIT_S, WARM = 16, 240, 1
-# Copies of weights a way makes of its own accord are no part of these: see `build`.
 BASES = {"resident": "fp8", "streamed": "fp8", "planned": "fp8", "fp8": "fp8", "int8": "int8", "peft": "bf16"}
-OFFLOADS = ("offload", "offload, stream")
+OFFLOADS = ("offload", "offload_stream")
+WAYS = ("streamed", "planned", "fp8", "int8", "peft", *OFFLOADS)
 SMALL = {"num_layers": 1, "num_single_layers": 3, "num_attention_heads": 2, "joint_attention_dim": 64}
 
 
@@ -79,6 +79,11 @@ class Case:
     px: int
     card: int | None = None
 
+    @property
+    def seat(self) -> object:
+        """Cases of one seat are answered by one process."""
+        return (self.way, self.card if self.way == "planned" else None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -107,6 +112,7 @@ class Target:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="to train, beside `resident`")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each way")
     parser.add_argument("--steps", type=int, default=3, help="of a turn, after one that warms up")
     parser.add_argument("--minutes", type=float, default=9.5, help="no case begins later than this")
@@ -119,16 +125,20 @@ def main() -> None:
     device = pick_device("auto")
     if device.type == "cpu" and not wanted.small:
         raise SystemExit("no GPU is here; --small runs shapes that a CPU trains in a moment")
+    began, rates = time.monotonic(), measured_rates(device)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(wanted=wanted, folder=Path(folder), began=time.monotonic())
-        for name in wanted.models:
-            bench.model(name)
+        bench = Bench(wanted=wanted, rates=rates, folder=Path(folder), began=began)
+        found = {name: bench.model(name) for name in wanted.models}
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{card}, PyTorch {torch.__version__}; {bench.rates.words}\n")
-    print(table(("model", "way", "batch x px", "card, GB", "s a step", "reserved, GB", "planned, GB"), bench.rows))
+    print(f"{card}, PyTorch {torch.__version__}; {rates.words}; {time.monotonic() - began:.0f} s in all\n")
+    rows = [(name, *row(case, one)) for name, one in found.items() for case in one.answers]
+    print(table(("model", "way", "batch x px", "card, GB", "s a step", "reserved, GB", "planned, GB"), rows))
     print()
-    print(table(("model", "compared", "figure", "target", ""), bench.judged))
-    print(f"\n{time.monotonic() - bench.began:.0f} s in all")
+    judged = [(name, target) for name, one in found.items() for target in targets(name, one, rates)]
+    cells = [(name, t.words, figure(t.value), t.limits, t.met) for name, t in judged]
+    print(table(("model", "compared", "figure", "target", ""), cells))
+    if wanted.small:
+        print("\nThese shapes are small: figures say that the benchmark runs, and nothing else.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,66 +153,47 @@ class Rates:
         return f"{self.copy / 1e9:.1f} GB/s to the device, {self.flops / 1e12:.3g} TFLOP/s"
 
 
+@dataclass(frozen=True, kw_only=True)
 class Bench:
-    """All models in turn; `rows` and `judged` are what was found."""
+    """One run over models; a card with its rates, and where files go meanwhile."""
 
-    def __init__(self, *, wanted: argparse.Namespace, folder: Path, began: float) -> None:
-        self.wanted, self.folder, self.began = wanted, folder, began
-        self.rates = Rates()
-        self.rows: list[Sequence[str]] = []
-        self.judged: list[Sequence[str]] = []
+    wanted: argparse.Namespace
+    rates: Rates
+    folder: Path
+    began: float
 
-    def model(self, name: str) -> None:
-        """Every case of a model: first those that take turns, then each other way against the resident one."""
-        found = Found()
+    def model(self, name: str) -> Found:
+        """Every case of a model: first those that take turns, then each other way, which ends before the next."""
+        turns, alone = cases(name, self.wanted)
+        found, planned = Found(), [case for case in turns if case.way == "planned"]
         with ExitStack() as alive:
             workers: dict[object, Worker] = {}
-            resident = self.worker(name, "resident", workers, alive)
-            if not self.rates.copy:
-                self.rates = Rates(**resident.ask(rates=True).get("rates", {}))
-            turns, alone = cases(name, small=self.wanted.small)
-            plans = self.plans(name, [case for case in turns if case.way == "planned"])
-            for _ in range(self.wanted.rounds):
-                for case in turns:
-                    plan = plans.get(case)
-                    key = (case.way, case.card) if case.way == "planned" else case.way
-                    found.add(case, self.turn(name, case, key, workers, alive, plan))
-            for case in alone:
-                with ExitStack() as meanwhile:
-                    found.add(case, self.turn(name, case, case.way, {}, meanwhile, None))
-        self.rows += [(name, *row(case, found, plans.get(case))) for case in [*turns, *alone]]
-        made = targets(name, found, plans, self.rates)
-        self.judged += [(name, t.words, figure(t.value), t.limits, t.met) for t in made]
+            for case in (case for case in (*turns, *alone) if case not in planned):
+                if case.seat not in workers:
+                    setting = {"way": case.way, "early": case in turns}
+                    workers[case.seat] = alive.enter_context(self.worker(name, setting))
+            found.plans.update(self.plans(name, planned))
+            for case, plan in ((case, plan) for case, plan in found.plans.items() if not plan.failed):
+                setting = {"way": case.way, "early": True, "resident": plan.resident, "slots": plan.slots}
+                workers[case.seat] = alive.enter_context(self.worker(name, setting))
+            for seat in {case.seat for case in turns} & workers.keys():  # nobody loads while another is timed
+                workers[seat].answer()
+            for case in (*turns * self.wanted.rounds, *alone):
+                found.add(case, self.turn(case, workers.get(case.seat), found.plans.get(case)))
+                if case in alone:
+                    workers[case.seat].__exit__()
+        return found
 
-    def turn(
-        self, name: str, case: Case, key: object, workers: dict[object, Worker], alive: ExitStack, plan: Plan | None
-    ) -> Answer:
-        """One turn of a case, by the worker that there is for it, or by a new one."""
+    def worker(self, name: str, setting: Mapping[str, Any]) -> Worker:
+        return Worker({"model": name, "small": self.wanted.small, **setting}, self.folder)
+
+    def turn(self, case: Case, worker: Worker | None, plan: Plan | None) -> Answer:
         if time.monotonic() - self.began > 60 * self.wanted.minutes:
             return {"failed": "no time was left"}
-        if plan is not None and plan.failed:
-            return {"failed": plan.failed}
-        worker = self.worker(name, case.way, workers, alive, key=key, plan=plan)
-        plain = plan.plain if plan is not None else 0
+        if worker is None:
+            return {"failed": plan.failed if plan is not None else ""}
+        plain = 0 if plan is None else plan.plain
         return worker.ask(batch=case.batch, px=case.px, card=case.card, plain=plain, steps=self.wanted.steps)
-
-    def worker(
-        self,
-        name: str,
-        way: str,
-        workers: dict[object, Worker],
-        alive: ExitStack,
-        *,
-        key: object = None,
-        plan: Plan | None = None,
-    ) -> Worker:
-        key = key or way
-        if key not in workers:
-            memory = {"resident": plan.resident, "slots": plan.slots} if plan is not None else {}
-            setting = {"model": name, "way": way, "small": self.wanted.small, **memory}
-            workers[key] = Worker(setting, self.folder)
-            alive.callback(workers[key].end)
-        return workers[key]
 
     def plans(self, name: str, planned: Sequence[Case]) -> dict[Case, Plan]:
         """What `flux2-lora plan` says of each case, all asked at once."""
@@ -214,85 +205,79 @@ Answer = dict[str, Any]
 
 
 class Found:
-    """Answers by case, one a round; a round that failed answers why."""
+    """Answers by case, one a round; a round that failed answers why. plans: of the cases that follow one."""
 
     def __init__(self) -> None:
         self.answers: dict[Case, list[Answer]] = {}
+        self.plans: dict[Case, Plan] = {}
 
     def add(self, case: Case, answer: Answer) -> None:
         self.answers.setdefault(case, []).append(answer)
 
     def of(self, case: Case, key: str) -> list[float]:
-        """A figure of every round; none where a round failed."""
-        answers = self.answers.get(case, [])
-        return [answer[key] for answer in answers if key in answer]
+        """A figure of every round that did not fail."""
+        return [answer[key] for answer in self.answers.get(case, []) if key in answer]
 
     def ratio(self, case: Case, over: Case) -> float | None:
         """The median of what a step took over what the other one's took in the same round."""
-        pairs = list(zip(self.of(case, "step_s"), self.of(over, "step_s"), strict=False))
+        rounds = zip(self.answers[case], self.answers[over], strict=False)
+        pairs = [(one["step_s"], other["step_s"]) for one, other in rounds if "step_s" in one and "step_s" in other]
         return median(one / other for one, other in pairs) if pairs else None
 
     def most(self, case: Case, key: str) -> float | None:
         return max(self.of(case, key), default=None)
 
 
-def cases(name: str, *, small: bool) -> tuple[list[Case], list[Case]]:
+def cases(name: str, wanted: argparse.Namespace) -> tuple[list[Case], list[Case]]:
     """Those that take turns, and those that are run once."""
-    large, little = (64, 32) if small else (1024, 512)
-    one = [Case(way=way, batch=1, px=large) for way in ("resident", "streamed")]
-    if name == "dev_32b":  # all of it resident is 32 GB, and says nothing that the others do not
-        return one, []
+    large, little = (64, 32) if wanted.small else (1024, 512)
+    if name == "dev_32b":  # all of it resident takes 40 GB, and says nothing that the others do not
+        return [Case(way="streamed", batch=1, px=large)], []
     turns = [
         *(Case(way=way, batch=4, px=large) for way in ("resident", "streamed")),
         Case(way="resident", batch=1, px=little),
         Case(way="streamed", batch=1, px=little, card=8),
         Case(way="resident", batch=4, px=little),
         *(Case(way="planned", batch=4, px=little, card=card) for card in (8, 12)),
-        *one,
+        *(Case(way=way, batch=1, px=large) for way in ("resident", "streamed")),
     ]
     others = [Case(way=way, batch=4, px=large) for way in ("fp8", "int8")]
     others += [Case(way=way, batch=1, px=large) for way in ("peft", *OFFLOADS)]
-    return turns, others if name == "flux1" else []
+    asked = [[case for case in some if case.way in ("resident", *wanted.ways)] for some in (turns, others)]
+    return asked[0], asked[1] if name == "flux1" else []
 
 
-def targets(name: str, found: Found, plans: Mapping[Case, Plan], rates: Rates) -> Iterator[Target]:
+def targets(name: str, found: Found, rates: Rates) -> Iterator[Target]:
     """Every figure that the docs give, from the cases that were run."""
-    answered = list(found.answers)
+    most = {"planned": 1.0, "fp8": 0.97, "int8": 0.97}
+    limit_gb = {"flux1": 4.5, "dev_32b": 9.0}.get(name)
+    widest = max(case.px for case in found.answers)
+    for case in found.answers:
+        over = Case(way="resident", batch=case.batch, px=case.px)
+        if case.way not in ("resident", *OFFLOADS) and over in found.answers:
+            limit = 1.03 if case.way == "streamed" and case.batch > 1 else most.get(case.way)
+            yield Target(words=f"{words_of(case)} / resident", value=found.ratio(case, over), most=limit)
+        alone = Case(way="streamed", batch=case.batch, px=case.px)
+        if case.way in ("peft", *OFFLOADS) and alone in found.answers:
+            limit = 0.5 if case.way in OFFLOADS else None
+            yield Target(words=f"{words_of(alone)} / {case.way}", value=found.ratio(alone, case), most=limit)
+        if case.way == "streamed" and case.card:
+            yield bus_bound(case, found, rates)
+        if case == Case(way="streamed", batch=1, px=widest):
+            held = found.most(case, "reserved")
+            value = (held + CONTEXT) / 1e9 if held else None
+            yield Target(words=f"{words_of(case)}: GB with the context", value=value, most=limit_gb)
+        if case in found.plans:
+            yield from against_plan(case, found)
 
-    def against(way: str, other: str, most: float | None = None) -> Iterator[Target]:
-        for case in (case for case in answered if case.way == way):
-            over = next((o for o in answered if (o.way, o.batch, o.px) == (other, case.batch, case.px)), None)
-            if over is not None:
-                yield Target(words=f"{words_of(case)} / {other}", value=found.ratio(case, over), most=most)
 
-    biggest = max(case.batch * case.px for case in answered)
-    for target, case in zip(against("streamed", "resident"), (c for c in answered if c.way == "streamed"), strict=True):
-        yield replace(target, most=1.03) if case.batch * case.px == biggest and case.batch > 1 else target
-    yield from (bus_bound(case, found, rates) for case in answered if case.way == "streamed" and case.card)
-    yield from against("planned", "resident", 1.0)
-    for case, plan in plans.items():
-        held = found.most(case, "reserved")
-        value = (held + CONTEXT) / plan.peak if held and plan.peak else None
-        yield Target(words=f"{words_of(case)}: peak / plan", value=value, least=0.95, most=1.03)
-        took = found.of(case, "step_s")
-        value = median(took) / plan.step_s if took and plan.step_s else None
-        yield Target(words=f"{words_of(case)}: step / plan", value=value)
-    limit = {"flux1": 4.5, "dev_32b": 9.0}.get(name)
-    alone = Case(way="streamed", batch=1, px=max(case.px for case in answered))
-    held = found.most(alone, "reserved")
-    yield Target(words=f"{words_of(alone)}: GB", value=(held + CONTEXT) / 1e9 if held else None, most=limit)
-    for way, most in (("fp8", 0.97), ("int8", 0.97), ("peft", None)):
-        yield from against(way, "resident", most)
-    for way in ("peft", *OFFLOADS):
-        yield from (
-            Target(
-                words=f"{words_of(alone)} / {way}",
-                value=found.ratio(alone, case),
-                most=0.5 if way in OFFLOADS else None,
-            )
-            for case in answered
-            if case.way == way
-        )
+def against_plan(case: Case, found: Found) -> Iterator[Target]:
+    """Memory and time, over what was planned."""
+    plan, held, took = found.plans[case], found.most(case, "reserved"), found.of(case, "step_s")
+    peak = (held + CONTEXT) / plan.peak if held and plan.peak else None
+    yield Target(words=f"{words_of(case)}: peak / plan", value=peak, least=0.95, most=1.03)
+    step = median(took) / plan.step_s if took and plan.step_s else None
+    yield Target(words=f"{words_of(case)}: step / plan", value=step)
 
 
 def bus_bound(case: Case, found: Found, rates: Rates) -> Target:
@@ -310,10 +295,10 @@ def words_of(case: Case) -> str:
     return f"{case.way} {case.batch} x {case.px}" + (f" on {case.card} GB" if case.card else "")
 
 
-def row(case: Case, found: Found, plan: Plan | None) -> Sequence[str]:
+def row(case: Case, found: Found) -> Sequence[str]:
     """A case's measurements, or why there are none."""
     failed = next((answer["failed"] for answer in found.answers[case] if "failed" in answer), None)
-    took, held = found.of(case, "step_s"), found.most(case, "reserved")
+    took, held, plan = found.of(case, "step_s"), found.most(case, "reserved"), found.plans.get(case)
     return (
         case.way,
         f"{case.batch} x {case.px}",
@@ -388,7 +373,7 @@ def last_line(text: str) -> str:
 
 
 class Worker:
-    """A process that answers questions, each a line of JSON; it loads its base when it is first asked."""
+    """A process that answers questions, each a line of JSON; a context that ends it."""
 
     def __init__(self, setting: Mapping[str, Any], folder: Path) -> None:
         self.errors = tempfile.NamedTemporaryFile("w+", dir=folder, suffix=".txt")  # noqa: SIM115 - ends with it
@@ -398,54 +383,55 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )
 
     def ask(self, **question: Any) -> Answer:
         """Its answer; or {"failed": why} where it ended, or did not answer in time."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        clock = threading.Timer(LIMIT_S, self.process.kill)
-        clock.start()
         try:
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             return self.why()
-        finally:
-            answer = next((line for line in self.process.stdout if line.startswith("{")), None)
-            clock.cancel()
-        return self.why() if answer is None else cast("Answer", json.loads(answer))
+        return self.answer()
+
+    def answer(self) -> Answer:
+        """The next one; of a worker that loads early, the first says only that it did."""
+        assert self.process.stdout is not None
+        clock = threading.Timer(LIMIT_S, self.process.kill)
+        clock.start()
+        line = next((line for line in self.process.stdout if line.startswith("{")), None)
+        clock.cancel()
+        return self.why() if line is None else cast("Answer", json.loads(line))
 
     def why(self) -> Answer:
         """Of a process that ended."""
         if self.process.wait() < 0:
-            return {"failed": f"ended by signal {-self.process.returncode}, after {LIMIT_S} s or for want of memory"}
+            return {"failed": f"ended by signal {-self.process.returncode}: {LIMIT_S} s were over, or host memory was"}
         self.errors.seek(0)
         return {"failed": last_line(self.errors.read())}
 
-    def end(self) -> None:
-        """Let it go, and all that it holds."""
-        assert self.process.stdin is not None
-        if self.process.poll() is None:
-            self.process.stdin.close()
-            self.process.wait()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let it go, and all that it holds; a second time does nothing."""
+        self.process.communicate()
         self.errors.close()
 
 
 def serve(setting: Answer) -> None:
-    """Answer each line of the input until it ends."""
+    """Answer each line of the input until it ends; the base is loaded early where it takes turns, else when asked."""
     device = pick_device("auto")
     model = MODELS[setting["model"]].small() if setting["small"] else MODELS[setting["model"]]
-    trained: Trained | None = None
+    trained = build(model, setting, device) if setting["early"] else None
+    if trained:
+        print("{}", flush=True)
     for line in sys.stdin:
-        question = json.loads(line)
-        if question.get("rates"):
-            print(json.dumps({"rates": asdict(measured_rates(device))}), flush=True)
-            continue
         trained = trained or build(model, setting, device)
         try:
-            answer = trained.measure(**question)
+            answer = trained.measure(**json.loads(line))
         except torch.OutOfMemoryError:
             answer = {"failed": "memory ran out"}
         print(json.dumps(answer), flush=True)
@@ -510,7 +496,7 @@ def build(model: Shape, setting: Answer, device: torch.device) -> Trained:
     from flux2_lora.adapters import AdapterSpec, attach, trainable
     from flux2_lora.matmul import DEQUANTIZE
     from flux2_lora.networks.transformers import blocks_in
-    from flux2_lora.quantize import FrozenLinear, PrecisionSpec, load_frozen
+    from flux2_lora.quantize import FrozenLinear, PrecisionSpec, load_frozen, trial_of
     from flux2_lora.training.memory import MemorySpec
     from flux2_lora.training.optimizers import OptimizerSpec, make_optimizer
 
@@ -522,6 +508,8 @@ def build(model: Shape, setting: Answer, device: torch.device) -> Trained:
     count = model.geometry["num_layers"] + model.geometry["num_single_layers"]
     spec = PrecisionSpec(base=BASES.get(way, "fp8"), matmul=way if way in ("fp8", "int8") else DEQUANTIZE)
     transformer = load_frozen(cast("Model", drawn), spec, device, memory.placement(count))
+    if (trial := trial_of(transformer)) is not None and trial.used == DEQUANTIZE:
+        raise SystemExit(trial.words)
     if way == "peft":
         attach_plain(transformer, family.architecture)
     else:
@@ -544,7 +532,7 @@ def build(model: Shape, setting: Answer, device: torch.device) -> Trained:
         optimizer=make_optimizer(OptimizerSpec(), [{"params": parameters, "lr": 1e-4, "lr_scale": 1.0}]),
         device=device,
         way=way,
-        text=(1 if setting["small"] else 512 // 16) * 16,
+        text=16 if setting["small"] else 512,
         copied=int(moved * sum(values.numel() for values in frozen)),
         blocks=count,
     )
@@ -592,6 +580,7 @@ class Trained:
         took = [seconds(lambda: self.step(*inputs), self.device) for _ in range(WARM + steps)][WARM:]
         cuda = self.device.type == "cuda"
         held = torch.cuda.max_memory_reserved(self.device) if cuda else largest_resident()
+        torch.cuda.empty_cache()  # others take their turns now
         return {"step_s": median(took), "reserved": held, "copied": self.copied}
 
     def recompute(self, plain: int) -> None:
