@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Self, cast
@@ -243,8 +243,10 @@ def cases(name: str, wanted: argparse.Namespace) -> tuple[list[Case], list[Case]
     ]
     others = [Case(way=way, batch=4, px=large) for way in ("fp8", "int8")]
     others += [Case(way=way, batch=1, px=large) for way in ("peft", *OFFLOADS)]
-    asked = [[case for case in some if case.way in ("resident", *wanted.ways)] for some in (turns, others)]
-    return asked[0], asked[1] if name == "flux1" else []
+    alone = [case for case in others if case.way in wanted.ways and name == "flux1"]
+    asked = [case for case in turns if case.way in wanted.ways]
+    compared = {(case.batch, case.px) for case in (*asked, *alone)}
+    return [c for c in turns if c in asked or (c.way == "resident" and (c.batch, c.px) in compared)], alone
 
 
 def targets(name: str, found: Found, rates: Rates) -> Iterator[Target]:
@@ -468,6 +470,7 @@ class Drawn:
     family: ModelFamily
     geometry: Mapping[str, Any]
     device: torch.device
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def weights(self) -> Drawn:
@@ -479,10 +482,6 @@ class Drawn:
         shell = on_meta(self.family.transformer_class, dict(self.geometry), "random")
         self.shapes.update({name: tuple(parameter.shape) for name, parameter in shell.named_parameters()})
         return shell
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self.__dict__.setdefault("_shapes", {})  # type: ignore[no-any-return]
 
     def read(self, name: str) -> Stored:
         size, kind = self.shapes[name], {"dtype": compute_dtype(self.device), "device": self.device}

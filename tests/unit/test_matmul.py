@@ -100,9 +100,11 @@ def test_few_rows_are_not_rounded(way: str) -> None:
 def test_tokens_multiplied_in_parts_are_those_multiplied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     linear, x = linear_of("int8", numbers(32, 64)), numbers(70, 64, seed=1)
     linear.multiply_by("int8")
-    whole = linear(x)
+    whole, rows, real = linear(x), [], torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda left, right: (rows.append(len(left)), real(left, right))[1])
     monkeypatch.setattr(matmul, "_ROWS_AT_ONCE", 32)
     assert torch.equal(linear(x), whole)
+    assert rows == [32, 32, 17]  # CUDA takes no fewer than 17
 
 
 @pytest.mark.parametrize("way", WAYS)
