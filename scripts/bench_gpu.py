@@ -514,10 +514,7 @@ def build(model: Shape, setting: Answer, device: torch.device) -> Trained:
     else:
         attach(transformer, family.architecture, AdapterSpec(rank=RANK), seed=0)
     if way in OFFLOADS:
-        streams = way == OFFLOADS[1] and device.type == "cuda"
-        transformer.enable_group_offload(  # type: ignore[operator]
-            onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=streams
-        )
+        offload(transformer, device, streams=way == "offload_stream" and device.type == "cuda")
     parameters = list(trainable(transformer).values())
     frozen = [
         m.values for block in blocks_in(transformer).values() for m in block.modules() if isinstance(m, FrozenLinear)
@@ -534,6 +531,19 @@ def build(model: Shape, setting: Answer, device: torch.device) -> Trained:
         text=16 if setting["small"] else 512,
         copied=int(moved * sum(values.numel() for values in frozen)),
         blocks=count,
+    )
+
+
+def offload(transformer: nn.Module, device: torch.device, *, streams: bool) -> None:
+    """Diffusers' group offload of every block, with bytes as parameters: its stream leaves buffers where they are."""
+    from flux2_lora.quantize import FrozenLinear
+
+    for linear in [module for module in transformer.modules() if isinstance(module, FrozenLinear)]:
+        values = linear.values
+        del linear.values
+        linear.register_parameter("values", nn.Parameter(values, requires_grad=False))
+    transformer.enable_group_offload(  # type: ignore[operator]
+        onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=streams
     )
 
 
