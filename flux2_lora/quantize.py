@@ -23,15 +23,26 @@ from flux2_lora.errors import UserError
 from flux2_lora.families import Model
 from flux2_lora.files import FileDigests, digest
 from flux2_lora.host import Host, InMemory, Packed, pack, written
-from flux2_lora.networks.transformers import blocks_in
+from flux2_lora.matmul import (
+    DEQUANTIZE,
+    E4M3,
+    LARGEST,
+    MATMULS,
+    STORED,
+    Trial,
+    product,
+    refuse_matmul,
+    refuse_shapes,
+    trial_weight,
+    try_out,
+)
+from flux2_lora.networks.transformers import block_linears, blocks_in
 from flux2_lora.options import option
 from flux2_lora.placement import Placement, memory_host, streamer_on
 from flux2_lora.stream import attach_streamer
 from flux2_lora.weights import Stored
 
-E4M3 = torch.float8_e4m3fn
 _FP8 = (E4M3, torch.float8_e5m2)
-_LARGEST = {E4M3: torch.finfo(E4M3).max, torch.int8: 127.0}
 _BYTES = {"fp8": 1, "int8": 1, "nf4": 0.5, "bf16": 2, "fp32": 4}
 _NF4_BLOCK = 64
 _ROWS_AT_ONCE = 1024  # quantised together: what is in float32 meanwhile stays below 100 MB for 24,576 columns
@@ -39,9 +50,14 @@ _ROWS_AT_ONCE = 1024  # quantised together: what is in float32 meanwhile stays b
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionSpec:
-    """How the frozen base is stored: fp8 (e4m3) or int8 with one scale a row, nf4, bf16 or fp32."""
+    """How the frozen base is stored: fp8 (e4m3) or int8 with one scale a row, nf4, bf16 or fp32.
+
+    matmul: how its products are taken forward: dequantize rebuilds W in 16 bits; fp8 and int8 multiply a base stored so
+    as it is, on cards that have units for it, if that is faster there.
+    """
 
     base: str = option("fp8", one_of=tuple(_BYTES))
+    matmul: str = option(DEQUANTIZE, one_of=MATMULS)
 
     def bytes_of(self, numbers: int) -> int:
         """What so many numbers take in the Linears of blocks, without their scales."""
@@ -52,7 +68,7 @@ def quantize_rows(weight: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Te
     """[out in] -> (e4m3 or int8 [out in], scale [out 1] float32): a row's largest magnitude becomes 448 or 127."""
     weight = weight.detach().float()
     largest = weight.abs().amax(dim=1, keepdim=True)
-    scale = torch.where(largest > 0, largest / _LARGEST[dtype], torch.ones_like(largest))
+    scale = torch.where(largest > 0, largest / LARGEST[dtype], torch.ones_like(largest))
     values = weight / scale
     return (values.round() if dtype == torch.int8 else values).to(dtype), scale
 
@@ -104,17 +120,27 @@ class _FrozenMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, kind: str, shape: tuple[int, int]
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        kind: str,
+        shape: tuple[int, int],
+        matmul: str,
     ) -> Tensor:
         ctx.save_for_backward(values, scale)
         ctx.kind, ctx.shape = kind, shape
-        return F.linear(x, _REBUILD[kind](values, scale, x.dtype, shape), bias)
+        direct = product(matmul, x, values, scale)
+        if direct is None:
+            return F.linear(x, _REBUILD[kind](values, scale, x.dtype, shape), bias)
+        return direct if bias is None else direct.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
         values, scale = ctx.saved_tensors
         weight = _REBUILD[ctx.kind](values, scale, gradient.dtype, ctx.shape)
-        return gradient @ weight, None, None, None, None, None
+        return gradient @ weight, None, None, None, None, None, None
 
 
 class FrozenLinear(nn.Linear):
@@ -125,6 +151,7 @@ class FrozenLinear(nn.Linear):
 
     values: Tensor
     scale: Tensor
+    matmul = DEQUANTIZE
 
     def __init__(
         self, stored: Stored, bias: Tensor | None, kind: str, *, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -167,6 +194,15 @@ class FrozenLinear(nn.Linear):
             return torch.empty(shape, dtype=self.compute_dtype, device="meta")
         return _REBUILD[self.kind](self.values, self.scale, self.compute_dtype, shape)
 
+    def multiply_by(self, matmul: str) -> None:
+        """Take products forward in a way of `MATMULS`; UserError for weights that a file has in FP8 of another kind."""
+        if matmul != DEQUANTIZE and self.values.dtype != STORED[matmul]:
+            raise UserError(
+                f"precision.matmul={matmul} multiplies {STORED[matmul]}, and the model's file has {self.values.dtype}",
+                f"set precision.matmul={DEQUANTIZE}",
+            )
+        self.matmul = matmul
+
     def add(self, update: Tensor) -> None:
         """W += update [out in], in float32; the sum is quantised anew in the same kind."""
         weight = _REBUILD[self.kind](self.values, self.scale, torch.float32, (self.out_features, self.in_features))
@@ -177,7 +213,7 @@ class FrozenLinear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         shape = (self.out_features, self.in_features)
-        result: Tensor = _FrozenMatmul.apply(x, self.values, self.scale, bias, self.kind, shape)
+        result: Tensor = _FrozenMatmul.apply(x, self.values, self.scale, bias, self.kind, shape, self.matmul)
         return result
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:  # noqa: FBT001, FBT002 - torch's signature
@@ -198,10 +234,18 @@ def load_frozen(
     Tensors are read, quantised and moved one at a time, so host memory holds the quantised model and one weight.
     Embedders, modulation and the last layer keep their type: few bytes, and the most sensitive. With a placement the
     weights of the blocks that do not stay leave the device block by block, and are streamed (`flux2_lora.stream`).
+    UserError where products cannot be taken as asked; on a card they are tried out first (`trial_of`).
     """
+    refuse_matmul(spec.matmul, spec.base, device)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(spec.base, compute_dtype(device))
-    loader = _Loader(model=model, transformer=model.empty_transformer(), kind=spec.base, dtype=dtype, device=device)
-    size = spec.bytes_of(sum(linear.weight.numel() for linear in loader.linears()))
+    transformer = model.empty_transformer()
+    refuse_shapes(spec.matmul, _block_linears(transformer))
+    matmul = spec.matmul
+    if matmul != DEQUANTIZE and device.type == "cuda":
+        transformer.trial = trial = _tried(spec, device)  # type: ignore[assignment]
+        matmul = trial.used
+    loader = _Loader(model=model, transformer=transformer, kind=spec.base, matmul=matmul, dtype=dtype, device=device)
+    size = spec.bytes_of(sum(linear.weight.numel() for linear in _block_linears(loader.transformer).values()))
     paths = list(blocks_in(loader.transformer))
     loader.load_outside(paths)
     streamed = [] if placement is None else [n for n in range(len(paths)) if n not in placement.resident]
@@ -226,6 +270,7 @@ class _Loader:
     model: Model
     transformer: nn.Module
     kind: str
+    matmul: str
     dtype: torch.dtype
     device: torch.device
 
@@ -243,6 +288,7 @@ class _Loader:
             if isinstance(module, nn.Linear) and self.kind in _REBUILD:
                 stored = self.model.weights.read(f"{name}.weight")
                 linear = FrozenLinear(stored, self._bias(name, module), self.kind, dtype=self.dtype, device=self.device)
+                linear.multiply_by(self.matmul)
                 self.transformer.set_submodule(name, linear)
             else:
                 self._fill(name, module)
@@ -273,11 +319,6 @@ class _Loader:
         host.renumber(streamed)
         return host, host.blocks
 
-    def linears(self) -> list[nn.Linear]:
-        """Those of all blocks."""
-        blocks = blocks_in(self.transformer).values()
-        return [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
-
     def _load_around(self, path: str, number: int, packed: Packed, scales: Mapping[str, Tensor]) -> None:
         """A block without the weights in `packed`."""
         block, nowhere = (
@@ -297,6 +338,7 @@ class _Loader:
                 linear = FrozenLinear.of_parts(
                     leaf.view(nowhere), scale, bias, self.kind, shape=shape, dtype=self.dtype
                 )
+                linear.multiply_by(self.matmul)
                 self.transformer.set_submodule(name, linear)
             elif bias is not None:
                 module.bias = nn.Parameter(bias, requires_grad=False)
@@ -324,6 +366,30 @@ class _Loader:
             setattr(module, name, nn.Parameter(stored.dense(self.dtype, self.device), requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(self.device))
+
+
+def trial_of(transformer: nn.Module) -> Trial | None:
+    """What was found when the products of a loaded base were tried out, if they were."""
+    return getattr(transformer, "trial", None)
+
+
+def _tried(spec: PrecisionSpec, device: torch.device) -> Trial:
+    weight = Stored(values=trial_weight(device))
+    linear = FrozenLinear(weight, None, spec.base, dtype=torch.bfloat16, device=device)
+
+    @torch.no_grad()
+    def multiply(way: str, x: Tensor) -> Tensor:
+        linear.multiply_by(way)
+        result: Tensor = linear(x)
+        return result
+
+    return try_out(spec.matmul, multiply, device)
+
+
+def _block_linears(transformer: nn.Module) -> dict[str, nn.Linear]:
+    """Path -> Linear, of all blocks."""
+    found = {path: transformer.get_submodule(path) for path in block_linears(transformer)}
+    return {path: module for path, module in found.items() if isinstance(module, nn.Linear)}
 
 
 def stored_bytes(module: nn.Module) -> int:

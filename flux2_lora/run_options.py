@@ -63,7 +63,7 @@ class RunOptions:
     allow_change: bool = False
     loader_workers: int = option(0, at_least=0)
 
-    def work(self, shape: Outline, matmul: str = "bf16") -> Work:
+    def work(self, shape: Outline) -> Work:
         """The run as the planner sees it. shape: of the model."""
         preview = self.preview
         return Work(
@@ -81,7 +81,7 @@ class RunOptions:
             batch_size=self.batch_size,
             grad_accumulation=self.grad_accumulation,
             max_steps=self.max_steps,
-            matmul=matmul,
+            matmul="fp8" if self.precision.matmul == "fp8" else "bf16",
         )
 
 

@@ -19,7 +19,6 @@ from flux2_lora.config import program
 from flux2_lora.devices import pick_device
 from flux2_lora.families import outline
 from flux2_lora.files import write_text
-from flux2_lora.options import option
 from flux2_lora.planning.choose import Choice, Plan, Work, choose, drawing_plan
 from flux2_lora.planning.hardware import Card, card_of
 from flux2_lora.run_options import RunOptions
@@ -33,13 +32,12 @@ HEADINGS = ("", "resident", "slots", "plain", "GB", "host GB", "disk GB", "s/ste
 class PlanConfig(RunOptions):
     """configs/plan.yaml: the options of train, most of which change no plan, and what is asked of the planner."""
 
-    matmul: str = option("bf16", one_of=("bf16", "fp8"))
     output: str | None = None
 
 
 @program("plan")
 def main(config: PlanConfig) -> None:
-    work = config.work(outline(config.model), config.matmul)
+    work = config.work(outline(config.model))
     card = card_of(config.hardware, pick_device(config.device))
     costs = work.costs(card)
     choice = choose(work, card, costs)

@@ -46,13 +46,14 @@ from flux2_lora.inference.run_page import write_report
 from flux2_lora.inference.sampling import Recipe
 from flux2_lora.inference.watch import Watch, due, open_watch
 from flux2_lora.lora_files import OUR_NAMES
+from flux2_lora.matmul import refuse_matmul
 from flux2_lora.networks.features import Features, load_features
 from flux2_lora.planning.choose import correct
 from flux2_lora.publish.learned import differences, learned_from, save_learned
 from flux2_lora.publish.release import Source, release
 from flux2_lora.publish.reproduce import from_card
 from flux2_lora.publish.run_card import read_card
-from flux2_lora.quantize import load_frozen, stored_bytes
+from flux2_lora.quantize import load_frozen, stored_bytes, trial_of
 from flux2_lora.run_options import Budget, RunOptions, budget_of
 from flux2_lora.stream import streamer_of
 from flux2_lora.targets import numbers_of, parse_ranked, resolve
@@ -236,6 +237,8 @@ def build(config: RunOptions, data: Data, processes: Processes) -> TrainState:
         f"base in {config.precision.base}: {stored_bytes(transformer) / 1e6:.1f} MB with the adapter; "
         f"LoRA on {targeted} of {len(model.projections())} projections, rank {config.adapter.rank}"
     )
+    if (trial := trial_of(transformer)) is not None:
+        console.print(trial.words)
     if (streamer := streamer_of(transformer)) is not None:
         console.print(streamer.words)
     if plan is not None:
@@ -451,6 +454,7 @@ def refuse_other_facts(config: RunOptions, data: Data) -> None:
 def refuse_contradictions(config: RunOptions, device: torch.device) -> None:
     """UserError for options that contradict each other, before anything is looked for."""
     refuse_mixtures(config.optimizer, device)
+    refuse_matmul(config.precision.matmul, config.precision.base, device)
     refuse_missing(config.logger)
     for entry in config.adapter.targets:
         parse_ranked(entry)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from flux2_lora.adapters import LoraWeights
-from flux2_lora.quantize import E4M3, rounded_to
+from flux2_lora.matmul import E4M3
+from flux2_lora.quantize import rounded_to
 from flux2_lora.weights import Weights
 
 _LOUD = 1.0

@@ -139,7 +139,9 @@ class Choice:
 def choose(work: Work, card: Card, costs: Costs | None = None) -> Choice:
     """The fastest plan, with the alternatives; UserError, naming the change that would fit, where nothing does."""
     if work.matmul == "fp8" and card.fp8_flops_s is None:
-        raise UserError(f"matmul=fp8, and {card.name} multiplies no FP8 matrices", "use matmul=bf16")
+        raise UserError(
+            f"precision.matmul=fp8, and {card.name} multiplies no FP8 matrices", "use precision.matmul=dequantize"
+        )
     costs = costs or work.costs(card)
     found = list(plans(work, card, costs))
     fitting = [plan for plan in found if plan.fits(card) and plan.matmul == work.matmul]

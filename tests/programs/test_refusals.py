@@ -34,6 +34,7 @@ def pictures(tmp_path: Path) -> Path:
         (["model=tyni"], "model=tyni is not a choice", "tiny"),
         (["model=flux2_small"], "model.path must be given", "model.path="),
         (["precision.base=fp9"], "precision.base=fp9 is not a choice", "fp8"),
+        (["precision.matmul=fp8", "precision.base=int8"], "precision.matmul=fp8 multiplies", "precision.base=fp8"),
         (["adapter.targets=[atention]"], "adapter.targets names 'atention'", "did you mean attention?"),
         (["device=gpu0"], "device=gpu0 is not a device", "cpu"),
         (["dataset.folder=nowhere"], "dataset.folder=nowhere", ""),

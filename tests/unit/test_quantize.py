@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux2_lora.quantize import E4M3, FrozenLinear, quantize_nf4, quantize_rows, stored_bytes
+from flux2_lora.matmul import E4M3
+from flux2_lora.quantize import FrozenLinear, quantize_nf4, quantize_rows, stored_bytes
 from flux2_lora.weights import Stored
 from tests.conftest import quantised
 
