@@ -7,6 +7,7 @@ a misspelt command does not cost the seconds of a start.
 from __future__ import annotations
 
 import ast
+import re
 import runpy
 import sys
 from collections.abc import Sequence
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _place(overrides: Sequence[str]) -> str | None:
     """The argument that is no option: a LoRA file, a run or a checkpoint to look into."""
-    return next((given for given in overrides if "=" not in given and not given.startswith("-")), None)
+    named = (given for given in overrides if not re.match(r"[\w.+~@/]+=", given) or given.endswith(".safetensors"))
+    return next((given for given in named if not given.startswith(("-", "output=", "adapter="))), None)
 
 
 def _listing() -> str:
@@ -91,6 +93,9 @@ def _explained(command: str) -> str:
     program = (share() / PROGRAMS[command].file).read_text(encoding="utf-8")
     page = (share() / "configs" / f"{command}.yaml").read_text(encoding="utf-8")
     options = page.partition("# Run folders are")[0].strip()
+    if command == "inspect":
+        inside = (share() / _INSIDE.file).read_text(encoding="utf-8")
+        program = f'"""{ast.get_docstring(ast.parse(program))}\n\n{ast.get_docstring(ast.parse(inside))}"""'
     return f"{ast.get_docstring(ast.parse(program))}\n\nOptions (configs/{command}.yaml):\n\n{options}"
 
 

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from flux2_lora.errors import RunError
+from flux2_lora.errors import RunError, UserError
 
 
 @contextmanager
@@ -37,6 +37,17 @@ def room_for(path: Path, size: int) -> Iterator[None]:
         raise RunError(
             f"the disk is full: {path} needs {size:,} bytes, {free:,} are free",
             "free some space and run the same command again; what was written before is intact",
+        ) from error
+
+
+@contextmanager
+def as_asked(path: Path, option: str) -> Iterator[None]:
+    """A place that the user chose and that cannot be written becomes a UserError which names the option."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{option}={path} cannot be written ({error.strerror})", "give a file in a folder of yours"
         ) from error
 
 

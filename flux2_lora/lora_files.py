@@ -131,22 +131,22 @@ def read_lora(place: str, model: Model) -> Lora:
     return _lora(place, header, pairs, weights, architecture)
 
 
-def read_any(place: str) -> Lora:
+def read_any(place: str, architecture: str | None = None) -> Lora:
     """Read a LoRA of whatever model; UserError with the cause where it is none, or where that cannot be told.
 
-    Rows of a fused weight are cut in the proportions that the architecture has.
+    architecture: where the user says which. Rows of a fused weight are cut in the proportions that it has.
     """
     path = find_adapter(place)
     tensors, header = read_tensors(path)
     _refuse_damage(place, path, header)
     refusals = {}
-    for architecture in told_architecture(place, tensors, header):
+    for likely in [architecture] if architecture else told_architecture(place, tensors, header):
         try:
-            parts, weights = _named(place, tensors, architecture)
+            parts, weights = _named(place, tensors, likely)
         except UserError as error:
-            refusals[architecture] = error
+            refusals[likely] = error
             continue
-        return _lora(place, header, _pairs_of(place, path, header, parts, weights), weights, architecture)
+        return _lora(place, header, _pairs_of(place, path, header, parts, weights), weights, likely)
     raise refusals.popitem()[1]
 
 
@@ -316,15 +316,15 @@ def _is_pair(parts: _Parts) -> bool:
 
 def _alphas(place: str, path: Path, header: Mapping[str, str]) -> _Alphas:
     """What the header says of alpha, or the configuration beside a file of PEFT's."""
-    if header.keys() >= _OUR_HEADER:
-        return _Alphas(scale=float(header["alpha"]) / int(header["rank"]))
     beside = path.with_name("adapter_config.json")
     text = header.get("lora_adapter_metadata")
-    if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
-        text = beside.read_text(encoding="utf-8")
-    if text is None:
-        return _Alphas()
     try:
+        if header.keys() >= _OUR_HEADER:
+            return _Alphas(scale=float(header["alpha"]) / int(header["rank"]))
+        if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
+            text = beside.read_text(encoding="utf-8")
+        if text is None:
+            return _Alphas()
         raw: dict[str, Any] = json.loads(text)
         config: dict[str, Any] = {key.removeprefix("transformer."): value for key, value in raw.items()}
         patterns = {pattern: float(alpha) for pattern, alpha in (config.get("alpha_pattern") or {}).items()}
@@ -336,7 +336,7 @@ def _alphas(place: str, path: Path, header: Mapping[str, str]) -> _Alphas:
             patterns=patterns,
             rank_stabilised=bool(config.get("use_rslora")),
         )
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, re.error) as error:
         raise UserError(f"{place} carries a configuration that cannot be read ({error})", _FETCH) from error
 
 

@@ -34,7 +34,10 @@ _MOST_DOUBLE_BLOCKS_OF_FLUX2 = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """A model as files name it. title: as managers filter by it; name: as ModelSpec headers spell it."""
+    """A model as files name it. title: as managers filter by it; name: as ModelSpec headers spell it.
+
+    family: empty where it is not known.
+    """
 
     title: str
     name: str
@@ -59,13 +62,12 @@ def told_architecture(place: str, tensors: Mapping[str, Tensor], header: Mapping
         if (found := _HALF.fullmatch(key)) and tensor.ndim == 2:
             half = {"A": "down", "B": "up"}.get(found[2], found[2])
             shapes.setdefault(found[1].replace("_", "."), {})[half] = tuple(tensor.shape)
-    told = _by_words(header) or _by_names(shapes) or _by_proportions(shapes) or _by_depth(shapes)
+    told = _by_words(header) or _by_names(shapes) or _by_proportions(shapes) or _by_depth(shapes) or _by_width(shapes)
     if told:
         return [told]
-    if any(re.search(r"(?:^|\.)double\.blocks\.", name) for name in shapes):
+    if any(re.search(r"(?:^|\.)(?:double|transformer)\.blocks\.", name) for name in shapes):
         raise UserError(
-            f"{place} may be of FLUX.1 or of FLUX.2: it changes only what both have",
-            "use it with a model: flux2-lora sample model=... adapters=[...]",
+            f"{place} may be of FLUX.1 or of FLUX.2: it changes only what both have", "say which with model=..."
         )
     return list(ARCHITECTURES)
 
@@ -74,7 +76,7 @@ def origin_of(lora: Lora) -> Origin:
     """The model that a LoRA is of: what its header says, and else what its architecture and width tell."""
     known = _ORIGINS.get((lora.architecture, width_of(lora) or 0))
     title, name = TITLES[lora.architecture], lora.architecture
-    found = known or Origin(title=title, name=name, family="flux1" if lora.architecture == "flux1" else "flux2_small")
+    found = known or Origin(title=title, name=name, family="flux1" if lora.architecture == "flux1" else "")
     told = lora.header.get("ss_base_model_version") or lora.header.get("modelspec.base_model")
     spelled = lora.header.get("modelspec.architecture", "").removesuffix("/lora")
     return Origin(title=told or found.title, name=spelled or found.name, family=lora.family or found.family)
@@ -169,6 +171,13 @@ def _by_proportion(weight: str, proportion: float) -> str | None:
         if weight.endswith(ending):
             return next((name for name, its in proportions.items() if math.isclose(proportion, its)), None)
     return None
+
+
+def _by_width(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> str | None:
+    """FLUX.1 is 3072 wide and nothing else; what reads q, k or v has the model's width as inputs."""
+    reads = re.compile(r".*(to\.[qkv]|add\.[qkv]\.proj|attn\.qkv)")
+    widths = {halves["down"][1] for name, halves in shapes.items() if "down" in halves and reads.fullmatch(name)}
+    return "flux2" if widths and 3072 not in widths else None
 
 
 def _by_depth(shapes: Iterable[str]) -> str | None:

@@ -16,7 +16,7 @@ from flux2_lora.families import ModelSpec, Outline, outline
 from flux2_lora.flow import LossSpec, TimestepSpec
 from flux2_lora.inference.previews import EDITED, PreviewSpec
 from flux2_lora.options import option
-from flux2_lora.planning.choose import Plan, Previews, Work, choose
+from flux2_lora.planning.choose import Given, Plan, Previews, Work, choose
 from flux2_lora.planning.hardware import Card, HardwareSpec, card_of
 from flux2_lora.planning.memory import Learning
 from flux2_lora.quantize import PrecisionSpec
@@ -81,6 +81,7 @@ class RunOptions:
             batch_size=self.batch_size,
             grad_accumulation=self.grad_accumulation,
             max_steps=self.max_steps,
+            given=Given(resident=self.memory.resident_blocks, slots=self.memory.slots, plain=self.memory.plain_blocks),
             matmul="fp8" if self.precision.matmul == "fp8" else "bf16",
         )
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from flux2_lora.config import program
+from flux2_lora.config import arguments, program
 from flux2_lora.errors import UserError, did_you_mean
 from flux2_lora.export import table
 from flux2_lora.export.resize import resized
 from flux2_lora.export.survival import HOSTS, Survival, advice, survival
-from flux2_lora.families import ModelSpec, open_model
+from flux2_lora.families import ModelSpec, load_family, open_model
 from flux2_lora.lora_origin import refuse_other_model
 from flux2_lora.options import option
 from flux2_lora.publish.release import DTYPES, Source, refuse_unknown_formats, release, source_of, with_modules
@@ -53,12 +53,12 @@ def main(config: ExportConfig) -> None:
     for host in config.hosts:
         if host not in HOSTS:
             raise UserError(f"hosts names {host!r}, which is no way to store a model", did_you_mean(host, list(HOSTS)))
-    source = source_of(config.adapter)
+    source = source_of(config.adapter, told_architecture(config.model))
     console.print(f"adapter   {config.adapter}: {source.lora.summary}")
     if config.hosts:
         refuse_other_model(config.adapter, source.lora, open_model(config.model))
     if config.rank is not None:
-        smaller, error = resized(source.lora.modules, config.rank)
+        smaller, error = resized(source.lora.modules, config.rank, source.lora.architecture)
         source = with_modules(source, smaller)
         console.print(f"rank      {config.rank}: {error:.2%} of the update is lost")
     for released in release(
@@ -66,7 +66,8 @@ def main(config: ExportConfig) -> None:
     ):
         if released.proofs:
             console.print(table(released.proofs))
-        console.print(f"export    {released.path}")
+        kept = "as trained" if released.format == "peft" else config.dtype
+        console.print(f"export    {released.path} ({kept})")
     if config.hosts:
         found = survival(open_model(config.model).weights, source.lora.modules, config.hosts)
         console.print(survival_table(found))
@@ -77,20 +78,32 @@ def main(config: ExportConfig) -> None:
 def files_of(config: ExportConfig, source: Source) -> dict[str, Path]:
     """Format -> its file: `output` for one format, else <name> (universal) and <name>-<format>.
 
-    Without output, the name is outputs/<name>/export/<name> for an adapter inside a run, else that of the file.
+    Without output, the name is outputs/<name>/export/<name> for an adapter inside a run, with what makes it another
+    file than the run's own export; privately the trigger word; of a loose file its own name.
     """
+    if config.output and not config.output.endswith(".safetensors"):
+        raise UserError(f"output={config.output} is no file's name", "end it in .safetensors")
     if config.output and len(config.formats) == 1:
         return {config.formats[0]: Path(config.output).expanduser()}
     if config.output:
         place = Path(config.output).expanduser()
     elif source.run is not None:
-        place = source.run / "export" / f"{source.run.name}.safetensors"
+        private = config.privacy == "strict"
+        title = (source.lora.trigger_word or "lora") if private else source.title
+        changed = f"-rank{config.rank}" * (config.rank is not None) + f"-{config.dtype}" * (config.dtype != "fp32")
+        place = source.run / "export" / f"{title}{changed}.safetensors"
     else:
         place = source.path
     plain = "" if config.output or source.run is not None else "-universal"
     return {
         name: place.with_stem(f"{place.stem}{plain if name == 'universal' else f'-{name}'}") for name in config.formats
     }
+
+
+def told_architecture(model: ModelSpec) -> str | None:
+    """That of the model, where the user named one."""
+    named = any(argument.startswith(("model=", "model.family=")) for argument in arguments())
+    return load_family(model.family).architecture if named else None
 
 
 def survival_table(found: list[Survival]) -> Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from flux2_lora.export.clients import file_of
 from flux2_lora.export.header import RUN_CARD
 from flux2_lora.export.proof import norm, proofs_of
 from flux2_lora.export.survival import block_of, in_order
+from flux2_lora.files import as_asked, write_bytes
 from flux2_lora.keys import kinds_of
 from flux2_lora.lora_files import read_any, read_tensors
 from flux2_lora.lora_origin import origin_of, width_of
@@ -62,8 +64,10 @@ def main(config: InsideConfig) -> None:
         console.print(line)
     if config.output:
         picture = Path(config.output).expanduser()
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        norm_picture(path.name, by_stack(norms)).save(picture)
+        content = BytesIO()
+        norm_picture(path.name, by_stack(norms)).save(content, "PNG")
+        with as_asked(picture, "output"):
+            write_bytes(picture, content.getvalue())
         console.print(f"picture   {picture}")
 
 

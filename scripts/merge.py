@@ -20,8 +20,9 @@ from flux2_lora.errors import UserError
 from flux2_lora.export import table
 from flux2_lora.export.resize import resized
 from flux2_lora.families import ModelSpec, open_model
+from flux2_lora.files import as_asked
 from flux2_lora.lora_files import read_any
-from flux2_lora.lora_origin import TITLES, origin_of, refuse_other_model
+from flux2_lora.lora_origin import origin_of, refuse_other_model, width_of
 from flux2_lora.merged import write_merged
 from flux2_lora.options import option
 from flux2_lora.publish.release import DTYPES, Source, release
@@ -37,7 +38,7 @@ class MergeConfig:
     weights: list[float] = field(default_factory=list)
     base: bool = False
     rank: int | None = option(None, at_least=1)
-    dtype: str = option("bf16", one_of=tuple(DTYPES))
+    dtype: str = option("fp32", one_of=tuple(DTYPES))
     output: str = "outputs/merged.safetensors"
 
 
@@ -55,15 +56,18 @@ def main(config: MergeConfig) -> None:
         refuse_another(config.adapters[0], loras[0], place, lora)
         console.print(f"adapter   {place}: {lora.summary}")
     modules = summed(loras, weights)
+    if config.base and config.rank is not None:
+        raise UserError("rank says nothing of a whole model", "leave it out, or leave base=true out")
     if config.base:
         model = open_model(config.model)
         for place, lora in zip(config.adapters, loras, strict=True):
             refuse_other_model(place, lora, model)
-        write_merged(path, model.weights, modules, model.family.architecture, DTYPES[config.dtype])
+        with as_asked(path, "output"):
+            write_merged(path, model.weights, modules, model.family.architecture, DTYPES[config.dtype])
         console.print(f"model     {path}")
         return
     if config.rank is not None:
-        modules, error = resized(modules, config.rank)
+        modules, error = resized(modules, config.rank, loras[0].architecture)
         console.print(f"rank      {config.rank}: {error:.2%} of the update is lost")
     words = ", ".join(dict.fromkeys(lora.trigger_word for lora in loras if lora.trigger_word)) or None
     merged = replace(loras[0], modules=modules, total=len(modules), trigger_word=words, header=spoken(loras[0]))
@@ -73,11 +77,17 @@ def main(config: MergeConfig) -> None:
 
 
 def refuse_another(first_place: str, first: Lora, place: str, lora: Lora) -> None:
-    """UserError for adapters of different models."""
-    one, other = origin_of(first).title, origin_of(lora).title
-    if first.architecture != lora.architecture or one != other:
+    """UserError for adapters of different architectures or sizes."""
+    shapes = {m: (len(pair.up), pair.down.shape[1]) for m, pair in first.modules.items()}
+    differ = any(
+        shapes.get(m, found) != found
+        for m, pair in lora.modules.items()
+        for found in [(len(pair.up), pair.down.shape[1])]
+    )
+    widths = {width for width in (width_of(first), width_of(lora)) if width}
+    if first.architecture != lora.architecture or len(widths) > 1 or differ:
         raise UserError(
-            f"{place} is of {other or TITLES[lora.architecture]}, {first_place} of {one or TITLES[first.architecture]}",
+            f"{place} is of {origin_of(lora).title}, {first_place} of {origin_of(first).title}, or of another size",
             "merge adapters of one model",
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 from flux2_lora.config import program
 from flux2_lora.devices import pick_device
 from flux2_lora.families import outline
-from flux2_lora.files import write_text
+from flux2_lora.files import as_asked, write_text
 from flux2_lora.planning.choose import Choice, Plan, Work, choose, drawing_plan
 from flux2_lora.planning.hardware import Card, card_of
 from flux2_lora.run_options import RunOptions
@@ -48,7 +48,8 @@ def main(config: PlanConfig) -> None:
         console.print(line)
     if config.output:
         path = Path(config.output).expanduser()
-        write_text(path, json.dumps(contract(choice.chosen), indent=2) + "\n")
+        with as_asked(path, "output"):
+            write_text(path, json.dumps(contract(choice.chosen), indent=2) + "\n")
         console.print(f"plan      {path}")
 
 

@@ -3,7 +3,7 @@
     flux2-lora train                                                     the embedded demo
     flux2-lora train dataset.folder=~/pictures/mine dataset.trigger_word=mystyle name=mine
     torchrun --nproc-per-node 2 -m flux2_lora train ...                  two GPUs
-    flux2-lora train from=outputs/mine/export/mine.safetensors           the run that made a file, once more
+    flux2-lora train from=mine.safetensors name=again                    the run that made a file, once more
     flux2-lora train --multirun adapter.rank=8,16 seed=0,1               four runs and a sheet that compares them
 
 A flow model predicts the velocity that leads from a picture to noise. The run freezes such a model in FP8, puts a small

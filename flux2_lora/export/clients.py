@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
 
+import torch
 from torch import Tensor
 
 from flux2_lora.adapters import LoraWeights
@@ -191,6 +192,8 @@ def _rows(pair: LoraWeights, shares: Shares) -> list[int]:
 
 _KOHYA, _BFL, _OWN = ("lora_unet_", "bfl flat"), ("diffusion_model.", "bfl"), ("transformer.", "own")
 _BARE, _LYCORIS, _ONETRAINER = ("", "own"), ("lycoris_", "own flat"), ("lora_transformer_", "own flat")
+_LAST = "norm_out.linear"
+"""BFL's weight holds its two halves in the other order; who reads it under BFL's names exchanges them."""
 _MODULATION = ("double_stream_modulation_", "single_stream_modulation", "time_guidance_embed.")
 
 
@@ -250,7 +253,7 @@ def _diffusers_of_kohya(file: LoraFile, architecture: str) -> Reading:
     updates, unread = _looked_up(file.entries, architecture, known, _by_diagonal)
     dropped = [linear for linear in updates if architecture == "flux2" and linear.startswith(_MODULATION[:2])]
     dropped += [linear for linear in updates if architecture == "flux2" and "guidance_embedder" in linear]
-    dropped += [linear for linear in updates if linear == "norm_out.linear"]
+    dropped += [linear for linear in updates if linear == _LAST]
     for linear in dropped:
         del updates[linear]
     if architecture == "flux1" and unread:
@@ -265,10 +268,8 @@ def _diffusers_of_bfl(file: LoraFile, architecture: str) -> Reading:
     updates, unread = _looked_up(file.entries, architecture, known, _by_rows)
     if unread or file.strays or any(entry.alpha is not None for entry in file.entries):
         return Reading(refusal="it refuses a file of this naming with other keys, alpha among them")
-    if "norm_out.linear" in updates:  # copied without exchanging its halves
-        return Reading(
-            updates={name: pair for name, pair in updates.items() if name != "norm_out.linear"}, unread=["norm_out"]
-        )
+    if _LAST in updates:  # copied without exchanging its halves
+        return Reading(updates={name: pair for name, pair in updates.items() if name != _LAST}, unread=["norm_out"])
     return Reading(updates=updates)
 
 
@@ -355,9 +356,12 @@ def _looked_up(
     updates: dict[str, LoraWeights] = {}
     unread = []
     for entry in entries:
-        meanings = (_meant(entry.name, architecture, prefix, spelling) for prefix, spelling in known)
-        shares = next(filter(None, meanings), {})
-        updates |= cut(entry.scaled(entry.alpha), shares) if shares else {}
+        meanings = ((_meant(entry.name, architecture, *spelled), spelled[1]) for spelled in known)
+        shares, spelling = next((found for found in meanings if found[0]), ({}, ""))
+        read = cut(entry.scaled(entry.alpha), shares) if shares else {}
+        if spelling.startswith("bfl") and _LAST in read:
+            read = {_LAST: replace(read[_LAST], up=torch.cat(read[_LAST].up.chunk(2)[::-1]))}
+        updates |= read
         unread += [] if shares else [entry.name]
     return updates, unread
 

@@ -18,11 +18,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flux2_lora.adapters import LoraWeights
+from flux2_lora.errors import RunError
 from flux2_lora.export.clients import CLIENTS, LoraFile, Reading, clients_of, file_of, invokeai_note
 from flux2_lora.files import write_text
 
 _EXACT = 1e-6
 """Relative difference to the rounded update that float32 products may have."""
+_MOST_ROUNDING = 0.05
+"""Where factors cancel, rounding them may cost more than a file is good for."""
 _ROUNDING = {torch.bfloat16: 2.1 * 2**-8, torch.float16: 2.1 * 2**-11}
 """Of |B| |A|: two factors rounded to nearest give 2u + u^2. What is lost beyond lies outside of the type's range."""
 REQUIRED: Mapping[str, tuple[str, ...]] = {
@@ -62,11 +65,15 @@ def prove(
     dtype: torch.dtype,
     format: str = "universal",  # noqa: A002
 ) -> list[Proof]:
-    """Re-read `path` in each client's grammar; RuntimeError, and the file removed, unless all that must can read it."""
+    """Re-read `path` in each client's grammar; RunError, and the file removed, unless all that must can read it."""
     proofs = proofs_of(_read(path), modules, architecture, dtype=dtype, required=REQUIRED[format])
     if not all(proof.whole for proof in proofs if proof.required):
         path.unlink()
-        raise RuntimeError(f"{path.name} did not carry the adapter and was removed:\n{table(proofs)}")
+        raise RunError(
+            f"{path.name.removeprefix('.').removesuffix('.unproved')} did not carry the adapter and was removed:\n"
+            f"{table(proofs)}",
+            "numbers that are too large, too small or cancel each other need dtype=fp32",
+        )
     return proofs
 
 
@@ -175,7 +182,7 @@ def _rounded(lora: LoraWeights, dtype: torch.dtype) -> LoraWeights:
 def _allowed(lora: LoraWeights, dtype: torch.dtype) -> float:
     """The relative difference that rounding to a type may cause."""
     factors = abs(lora.scale) * float(lora.up.double().norm() * lora.down.double().norm())
-    return max(_ROUNDING.get(dtype, 0.0) * factors / max(norm(lora), 1e-300), _EXACT)
+    return min(max(_ROUNDING.get(dtype, 0.0) * factors / max(norm(lora), 1e-300), _EXACT), _MOST_ROUNDING)
 
 
 def _read(path: Path) -> LoraFile:

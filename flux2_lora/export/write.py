@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,10 +16,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flux2_lora.adapters import Adapter, Lora, LoraWeights, save_adapter
-from flux2_lora.errors import UserError
 from flux2_lora.export.formats import FORMATS, state_of
 from flux2_lora.export.proof import Proof, prove, save_proof
-from flux2_lora.files import sync_folder, write_tensors
+from flux2_lora.files import as_asked, sync_folder, write_tensors
 
 
 def export_lora(
@@ -33,23 +33,29 @@ def export_lora(
     """Write an adapter in a client's format; nobody sees it under `path` before it is proved.
 
     Adds the hash of the tensors to `header`, and puts the proof beside the file. Raises UserError for an adapter that
-    the format cannot hold or a folder that cannot be written, RuntimeError for a file that fails its proof.
+    the format cannot hold or a folder that cannot be written, RunError for a file that fails its proof.
     """
     tensors = FORMATS[format](modules, architecture, dtype)
-    draft = path.with_name(f".{path.name}.unproved")
-    try:
-        write_tensors(draft, tensors, {**header, "modelspec.hash_sha256": _hash(tensors)})
+    told = {**header, **_ranks(header, tensors), "modelspec.hash_sha256": _hash(tensors)}
+    with drafted(path) as draft:
+        write_tensors(draft, tensors, told)
         proofs = prove(draft, modules, architecture, dtype=dtype, format=format)
-        os.replace(draft, path)
-    except PermissionError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror})", "give output=... in a folder of your own"
-        ) from error
-    finally:
-        draft.unlink(missing_ok=True)
-    sync_folder(path.parent)
     save_proof(path, proofs, _file_hash(path))
     return proofs
+
+
+@contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place in the end, and is gone after an error; UserError where none can be."""
+    draft = path.with_name(f".{path.name}.unproved")
+    with as_asked(path, "output"):
+        try:
+            yield draft
+            os.replace(draft, path)
+            sync_folder(path.parent)
+        finally:
+            if draft.is_file():
+                draft.unlink()
 
 
 def export_peft(lora: Lora, path: Path, *, family: str, targets: list[str]) -> None:
@@ -59,6 +65,14 @@ def export_peft(lora: Lora, path: Path, *, family: str, targets: list[str]) -> N
         path,
         Adapter(state=state, rank=rank, alpha=alpha, targets=targets, family=family, trigger_word=lora.trigger_word),
     )
+
+
+def _ranks(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The largest rank of the matrices that are written, which fusing makes larger, where the header tells one."""
+    if "ss_network_dim" not in header:
+        return {}
+    rank = max(len(tensor) for name, tensor in tensors.items() if name.endswith(("lora_down.weight", "lora_A.weight")))
+    return {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:

@@ -47,6 +47,15 @@ class Previews:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Given:
+    """What of a layout the user has settled; None is open."""
+
+    resident: int | None = None
+    slots: int | None = None
+    plain: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """A run as the planner sees it. resolution: px of a square's side; matmul: of the frozen products, bf16 or fp8."""
 
@@ -60,6 +69,7 @@ class Work:
     grad_accumulation: int = 1
     max_steps: int = 1000
     matmul: str = "bf16"
+    given: Given = field(default_factory=Given)
 
     def costs(self, card: Card) -> Costs:
         """What a step of this run takes on a card."""
@@ -154,15 +164,19 @@ def choose(work: Work, card: Card, costs: Costs | None = None) -> Choice:
 
 def plans(work: Work, card: Card, costs: Costs) -> Iterator[Plan]:
     """The best of every kind; of a kind that does not fit, the smallest."""
-    search = Search(work=work, card=card, costs=costs)
-    everything = Layout(resident=search.count)
-    yield search.plan("resident, recomputed", everything, "device")
-    most = search.most_plain(everything)
-    if most:
-        yield search.plan("resident", replace(everything, plain=most), "device")
-    if not card.streams:
+    search, given = Search(work=work, card=card, costs=costs), work.given
+    stays = given.resident is not None and given.resident >= search.count
+    if stays or given.resident is None:
+        everything = Layout(resident=search.count)
+        most = search.most_plain(everything) if given.plain is None else min(given.plain, search.count)
+        if given.plain is None:
+            yield search.plan("resident, recomputed", everything, "device")
+        if most or given.plain is not None:
+            yield search.plan("resident", replace(everything, plain=most or 0), "device")
+    if stays or not card.streams:
         return
-    yield search.fastest("streamed, recomputed", "pinned", plain=0)
+    if given.plain is None:
+        yield search.fastest("streamed, recomputed", "pinned", plain=0)
     yield search.fastest("streamed", "pinned")
     yield search.fastest("streamed off disk", "disk")
     if card.fp8_flops_s is not None and work.matmul != "fp8":
@@ -210,7 +224,7 @@ class Search:
         preview = work.previews
         batches = -(-preview.pictures // work.batch_size)
         preview_s = batches * preview.steps * preview.passes * draw_s
-        rounds = work.max_steps // preview.every if preview.every else 0
+        rounds = 1 + -(-work.max_steps // preview.every) if preview.every else 0  # at step 0, and at the last one
         step_s = micro_s * work.grad_accumulation
         memory = vram(costs, layout, work.learning, self.card.context_bytes)
         return Plan(
@@ -230,10 +244,15 @@ class Search:
         )
 
     def fastest(self, name: str, host: str, plain: int | None = None) -> Plan:
-        """The best over slots and residents, with as many plain blocks as fit or as said."""
-        best = (float("inf"), Layout(slots=SLOTS[0]))
-        for slots in SLOTS:
-            for resident in range(max(self.count - slots, 1)):
+        """The best over slots and residents that are open, with as many plain blocks as fit or as said."""
+        given, plain = self.work.given, self.work.given.plain if plain is None else plain
+        all_slots = SLOTS if given.slots is None else (given.slots,)
+        plain = None if plain is None else min(plain, self.count)
+        least = Layout(slots=all_slots[0], resident=given.resident or 0, plain=plain or 0)
+        best = (float("inf"), least)
+        for slots in all_slots:
+            residents = range(max(self.count - slots, 1)) if given.resident is None else (given.resident,)
+            for resident in residents:
                 layout = Layout(slots=slots, resident=resident)
                 most = self.most_plain(layout)
                 if most is None:
@@ -308,6 +327,13 @@ def refusal(work: Work, card: Card, found: Sequence[Plan]) -> UserError:
         f"{work.resolution} px, batch_size={work.batch_size} and precision.base={work.precision.base} need "
         f"{least.vram.peak / 1e9:.1f} GB at least, and {card.name} has {card.vram_bytes / 1e9:.1f} GB to give"
     )
+    short = [plan for plan in found if plan.vram.peak <= card.vram_bytes]
+    if short:
+        host = min(plan.host_bytes for plan in short)
+        what = f"blocks that do not stay on {card.name} need {host / 1e9:.1f} GB of host memory, "
+        return UserError(
+            f"{what}and there are {card.host_bytes / 1e9:.1f} GB", "close other programs, or memory.host=disk"
+        )
     changes = list(_changes(work))
     for words, name, value in changes:
         if _fits_somehow(replace(work, **{name: value}), card):
@@ -353,7 +379,7 @@ def correct(plan: Plan, card: Card, *, step_s: float, peak_bytes: int) -> list[s
         hours = plan.run_s * ratio / 3600
         lines.append(
             f"a step takes {step_s:.2f} s, planned {plan.step_s:.2f} s: the run takes {hours:.1f} h at this rate; "
-            f"hardware.utilisation times {1 / ratio:.2f} plans with it"
+            f"hardware.bf16_tflops={card.flops_s / ratio / 1e12:.3g} hardware.utilisation=1 plans with it"
         )
     if peak_bytes > usable:
         fewer = min(-(-(peak_bytes - usable) // max(plan.plain_bytes, 1)), plan.plain_blocks)

@@ -35,8 +35,9 @@ class Learned:
     tags: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def strict(self, trigger: str | None) -> Learned:
-        """The same without what captions say and what folders are called."""
-        return replace(self, tags={trigger: {trigger: self.count}} if trigger else {})
+        """The same without what captions say, digests of them included, and what folders are called."""
+        known = tuple((picture, "") for picture, _ in self.pictures)
+        return replace(self, pictures=known, tags={trigger: {trigger: self.count}} if trigger else {})
 
 
 def learned_from(training: Sequence[Record], held_out: Sequence[Record]) -> Learned:
@@ -65,12 +66,13 @@ def differences(before: Learned, training: Sequence[Record], held_out: Sequence[
     then = dict(before.pictures)
     here = {_marks(record)[0]: record for record in training}
     new = [record.name for mark, record in here.items() if mark not in then]
-    recaptioned = [record.name for mark, record in here.items() if mark in then and _marks(record)[1] != then[mark]]
+    recaptioned = [record.name for mark, record in here.items() if then.get(mark) and _marks(record)[1] != then[mark]]
     gone = len(then.keys() - here.keys())
     lines = [f"{len(new)} pictures are new: {listed(new)}"] if new else []
     lines += [f"{gone} of the {before.count} pictures of then are not here"] if gone else []
     lines += [f"{len(recaptioned)} have another caption: {listed(recaptioned)}"] if recaptioned else []
-    return lines or ["the same pictures are held out or repeated otherwise"]
+    told = all(then.values())  # a private card tells of captions only that something differs
+    return lines or [f"the same pictures, with other {'repeats' if told else 'captions or repeats'}"]
 
 
 def save_learned(run: Path, learned: Learned) -> None:

@@ -44,6 +44,7 @@ def write_model_card(
     samples: Sequence[tuple[str, Path]],
 ) -> Path:
     """Write README.md and samples/ into `folder`; returns the page. samples: (prompt, picture), the best first."""
+    shutil.rmtree(folder / "samples", ignore_errors=True)  # of an earlier export, which may have told more
     shown = []
     for index, (prompt, picture) in enumerate(samples[:_MOST_SAMPLES]):
         target = folder / "samples" / f"{index:04d}.png"
@@ -62,7 +63,8 @@ def _head(about: About, card: RunCard | None, shown: Sequence[tuple[str, str]]) 
         "pipeline_tag": "text-to-image",
     }
     base = _option(card, "model.path")
-    if isinstance(base, str) and base.count("/") == 1 and not base.startswith((ELSEWHERE, "$", ".")):
+    here = isinstance(base, str) and Path(base).expanduser().exists()
+    if isinstance(base, str) and base.count("/") == 1 and not here and not base.startswith((ELSEWHERE, "$", ".")):
         values["base_model"] = base
     if about.licence:
         hub = about.licence in _HUB_LICENCES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,22 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from PIL import Image
 
 from flux2_lora import __version__
 from flux2_lora.adapters import WEIGHTS, Lora, LoraWeights, find_adapter
-from flux2_lora.errors import UserError, did_you_mean
+from flux2_lora.errors import RunError, UserError, did_you_mean
 from flux2_lora.export.formats import FORMATS
 from flux2_lora.export.header import RUN_CARD, About, header
 from flux2_lora.export.proof import Proof, relative_difference
-from flux2_lora.export.write import export_lora, export_peft
+from flux2_lora.export.write import drafted, export_lora, export_peft
 from flux2_lora.inference.drawn import drawn_steps, picture_files, read_texts, step_folder
 from flux2_lora.keys import kinds_of
 from flux2_lora.lora_files import read_any
 from flux2_lora.lora_origin import origin_of
 from flux2_lora.publish.model_card import write_model_card
-from flux2_lora.publish.run_card import RunCard, card_of_run
+from flux2_lora.publish.run_card import RunCard, card_of_run, read_options
 
 ALL_FORMATS = (*FORMATS, "peft")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,8 +43,19 @@ class Source:
     def options(self) -> Mapping[str, Any]:
         """What run.yaml says; empty for a loose file."""
         page = self.run / "run.yaml" if self.run else None
-        content = yaml.safe_load(page.read_text(encoding="utf-8")) if page and page.is_file() else {}
-        return content if isinstance(content, dict) else {}
+        return read_options(page) if page and page.is_file() else {}
+
+    @property
+    def title(self) -> str:
+        """The run's name, with the step where that is not its last; of a loose file, its own."""
+        if self.run is None or self.step is None:
+            return self.path.stem
+        last = max(self.run.glob("checkpoints/step-*"), default=None)
+        return (
+            self.run.name
+            if last is None or last.name == f"step-{self.step:06d}"
+            else f"{self.run.name}-step-{self.step:06d}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +67,22 @@ class Released:
     proofs: Sequence[Proof] = field(default_factory=list)
 
 
-def source_of(place: str) -> Source:
-    """The adapter of a run (its last checkpoint), of a checkpoint, or of a file of any naming."""
-    path, lora = find_adapter(place), read_any(place)
+def source_of(place: str, architecture: str | None = None) -> Source:
+    """The adapter of a run (its last checkpoint), of a checkpoint, or of a file of any naming.
+
+    architecture: where the user says which.
+    """
+    path, lora = find_adapter(place), read_any(place, architecture)
     folder = path.resolve().parent
-    if path.name != WEIGHTS or folder.parent.name != "checkpoints":
+    step = re.fullmatch(r"step-(\d+)", folder.name)
+    if path.name != WEIGHTS or folder.parent.name != "checkpoints" or step is None:
         return Source(lora=lora, path=path)
-    return Source(lora=lora, path=path, run=folder.parents[1], step=int(folder.name.rpartition("-")[2]))
+    return Source(lora=lora, path=path, run=folder.parents[1], step=int(step[1]))
 
 
 def refuse_unknown_formats(formats: Sequence[str]) -> None:
+    if not formats:
+        raise UserError("formats=[] asks for no file", "give formats=[universal]")
     for name in formats:
         if name not in ALL_FORMATS:
             raise UserError(f"formats names {name!r}, which is no export format", did_you_mean(name, ALL_FORMATS))
@@ -95,7 +112,8 @@ def release(
             told = {key: value for key, value in told.items() if not key.startswith("ss_network_module")}
         proofs = export_lora(lora.modules, file, architecture=lora.architecture, dtype=dtype, header=told, format=name)
         released.append(Released(path=file, format=name, proofs=proofs))
-    first, samples = released[0], [] if strict else _samples(source)
+    # What clients load goes before what only this program reads.
+    first, samples = min(released, key=lambda one: not one.proofs), [] if strict else _samples(source)
     if source.run is not None and first.path.parent.resolve() == (source.run / "export").resolve():
         write_model_card(first.path.parent, first.path, about, card, first.proofs, samples)
     return released
@@ -144,12 +162,17 @@ def _size(told: Mapping[str, str]) -> tuple[int, int] | None:
 
 def _write_peft(lora: Lora, path: Path) -> None:
     kinds = {kind for module in lora.modules for kind in kinds_of(lora.architecture, module)}
-    export_peft(lora, path, family=origin_of(lora).family, targets=sorted(kinds))
-    read = read_any(str(path)).modules
-    worst = max(relative_difference(pair, read.get(module)) for module, pair in lora.modules.items())
-    if read.keys() != lora.modules.keys() or worst > 1e-6:
-        path.unlink()
-        raise RuntimeError(f"{path.name} did not carry the adapter and was removed")
+    family = origin_of(lora).family
+    if not family:
+        raise UserError(
+            "formats=[peft] needs the model's family, and this file does not tell it", "export another format"
+        )
+    with drafted(path) as draft:
+        export_peft(lora, draft, family=family, targets=sorted(kinds))
+        read = read_any(str(draft)).modules
+        worst = max(relative_difference(pair, read.get(module)) for module, pair in lora.modules.items())
+        if read.keys() != lora.modules.keys() or worst > 1e-6:
+            raise RunError(f"{path.name} did not carry the adapter and was not written", "export another format")
 
 
 def with_modules(source: Source, modules: Mapping[str, LoraWeights]) -> Source:

@@ -30,7 +30,7 @@ ELSEWHERE = ".../"
 """Before the last part of a path that is not told."""
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors")
 # Of the machine and not of the run.
-_LEFT_OUT = (
+LEFT_OUT = (
     "output_dir",
     "cache",
     "device",
@@ -41,9 +41,12 @@ _LEFT_OUT = (
     "resume",
     "allow_change",
     "from",
+    "memory",
 )
+_TEXTS = ("prompts", "negative_prompt", "base_prompts", "trigger_word", "default_caption", "preserve_class")
 # What folders and captions are called; left out on request.
 _PRIVATE = (
+    "name",
     *("dataset.folder", "dataset.hub", "dataset.sources", "dataset.import", "dataset.regularisation"),
     *("dataset.validation", "dataset.masks", "dataset.default_caption", "preview.prompts", "preview.negative_prompt"),
 )
@@ -71,11 +74,13 @@ def card_of_run(run: Path, step: int | None, *, private: bool) -> RunCard | None
     page = run / "run.yaml"
     if not page.is_file():
         return None
-    options = yaml.safe_load(page.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in options.items() if key not in _LEFT_OUT}
+    options = read_options(page)
+    kept = {key: value for key, value in options.items() if key not in LEFT_OUT}
     learned = read_learned(run)
     if private:
         kept = _without(kept, _PRIVATE)
+        if Path(str(options.get("model", {}).get("path"))).expanduser().exists():
+            kept = _without(kept, ("model.path", "model.components"))
         learned = learned.strict(trigger_of(options)) if learned else None
     return RunCard(
         options=_portable(kept),
@@ -84,6 +89,15 @@ def card_of_run(run: Path, step: int | None, *, private: bool) -> RunCard | None
         versions={"flux2-lora": __version__, **{name: importlib.metadata.version(name) for name in _LIBRARIES}},
         losses=_losses(run, step),
     )
+
+
+def read_options(page: Path) -> dict[str, Any]:
+    """A run's run.yaml; UserError where it is damaged."""
+    try:
+        content = yaml.safe_load(page.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{page} cannot be read ({error})", "export the adapter's file itself") from error
+    return content if isinstance(content, dict) else {}
 
 
 def read_card(path: Path) -> RunCard:
@@ -99,8 +113,14 @@ def read_card(path: Path) -> RunCard:
     try:
         content = json.loads(text)
         learned = content["learned"]
-        return RunCard(**{**content, "learned": None if learned is None else learned_of(learned)})
-    except (ValueError, KeyError, TypeError) as error:
+        return RunCard(
+            options={str(key): value for key, value in content["options"].items()},
+            step=None if content["step"] is None else int(content["step"]),
+            learned=None if learned is None else learned_of(learned),
+            versions=dict(content.get("versions", {})),
+            losses=dict(content.get("losses", {})),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"from={path} carries a run card that cannot be read ({error})", remedy) from error
 
 
@@ -113,7 +133,8 @@ def trigger_of(options: Mapping[str, Any]) -> str | None:
 def options_of(card: RunCard) -> tuple[dict[str, Any], dict[str, str]]:
     """(dotted option -> value, dotted option -> last part of a path that must be given anew)."""
     leaves = dict(_leaves(card.options))
-    lost = {name: value for name, value in leaves.items() if isinstance(value, str) and value.startswith(ELSEWHERE)}
+    lost = {name: ELSEWHERE for name, value in leaves.items() if ELSEWHERE in json.dumps(value)}
+    lost = {name: leaves[name] if isinstance(leaves[name], str) else ELSEWHERE for name in lost}
     return {name: value for name, value in leaves.items() if name not in lost}, lost
 
 
@@ -130,8 +151,9 @@ def _losses(run: Path, step: int | None) -> dict[str, float]:
 
 
 def _portable(value: Any) -> Any:
+    """Without folders of the machine; prompts and captions may begin as a path does."""
     if isinstance(value, Mapping):
-        return {key: _portable(part) for key, part in value.items()}
+        return {key: part if key in _TEXTS else _portable(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_portable(part) for part in value]
     if not isinstance(value, str) or without_folders(value) == value:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flux2_lora.adapters import LoraWeights
 from flux2_lora.errors import RunError, UserError
 from flux2_lora.export import Proof, export_lora, modules_of, table
 from flux2_lora.export.clients import clients_of
@@ -161,7 +162,7 @@ def test_a_damaged_file_is_found_and_removed(tmp_path: Path, damage: Callable[[d
     tensors = load_file(path)
     damage(tensors)
     save_file(tensors, path)
-    with pytest.raises(RuntimeError, match="did not carry the adapter"):
+    with pytest.raises(RunError, match="did not carry the adapter"):
         prove(path, modules_of(state, RANK, 8.0), "flux2", dtype=torch.float32)
     assert not path.exists()
 
@@ -169,7 +170,7 @@ def test_a_damaged_file_is_found_and_removed(tmp_path: Path, damage: Callable[[d
 def test_a_file_that_is_no_safetensors_is_found_and_removed(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"not a file of tensors")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RunError):
         prove(path, modules_of(adapter(), RANK, 8.0), "flux2", dtype=torch.float32)
     assert not path.exists()
 
@@ -177,7 +178,7 @@ def test_a_file_that_is_no_safetensors_is_found_and_removed(tmp_path: Path) -> N
 def test_half_strength_is_found_however_small_the_adapter(tmp_path: Path) -> None:
     path, state = tmp_path / "a.safetensors", adapter(size=1e-4)
     exported(path, state, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RunError):
         prove(path, modules_of(state, RANK, 4.0), "flux2", dtype=torch.bfloat16)
 
 
@@ -185,7 +186,7 @@ def test_a_failed_proof_keeps_the_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     exported(path, adapter())
     before = path.read_bytes()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RunError):
         exported(path, adapter(size=1e-6), dtype=torch.float16)
     assert path.read_bytes() == before
     assert {file.name for file in tmp_path.iterdir()} == {"a.safetensors", "a.proof.json"}
@@ -270,3 +271,32 @@ def test_a_disk_that_takes_nothing_is_named_and_left_as_it_was(
         exported(path, adapter(size=2.0))
     assert path.read_bytes() == before
     assert {file.name for file in tmp_path.iterdir()} == {"a.safetensors", "a.proof.json"}
+
+
+def test_what_rounding_would_drown_is_refused(tmp_path: Path) -> None:
+    """Two updates that all but cancel each other leave less than the last digits of bfloat16."""
+    down, up = torch.randn(4, WIDTH), torch.randn(WIDTH, 4)
+    name = "single_transformer_blocks.11.attn.to_out"
+    pair = LoraWeights(down=torch.cat([down, down]), up=torch.cat([up, -0.999 * up], dim=1), scale=1.0)
+    with pytest.raises(RunError, match="did not carry") as refusal:
+        export_lora({name: pair}, tmp_path / "a.safetensors", architecture="flux2", dtype=torch.bfloat16, header={})
+    assert "dtype=fp32" in refusal.value.remedy
+    export_lora({name: pair}, tmp_path / "a.safetensors", architecture="flux2", header={})
+
+
+def test_the_header_tells_the_rank_of_the_largest_matrix(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    told = {"ss_network_dim": "4", "ss_network_alpha": "4.0"}
+    export_lora(modules_of(adapter(), RANK, 8.0), path, architecture="flux2", header=told)
+    with safe_open(path, framework="pt") as file:
+        found = file.metadata()
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("12", "12.0")
+
+
+def test_the_last_layer_goes_to_comfyui_with_its_halves_exchanged(tmp_path: Path) -> None:
+    path, modules = tmp_path / "a.safetensors", modules_of(adapter({"norm_out.linear": (2 * WIDTH, WIDTH)}), RANK, 8.0)
+    proofs = {p.client: p for p in export_lora(modules, path, architecture="flux2", header={}, format="comfyui")}
+    assert proofs["ComfyUI"].whole
+    assert not proofs["Diffusers"].whole
+    up = load_file(path)["diffusion_model.final_layer.adaLN_modulation.1.lora_B.weight"]
+    assert torch.equal(up, torch.cat((2.0 * modules["norm_out.linear"].up).chunk(2)[::-1]))

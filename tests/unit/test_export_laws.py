@@ -104,18 +104,30 @@ def test_a_sum_has_the_weighted_updates_of_all() -> None:
 
 
 def test_a_lower_rank_is_the_best_one_and_its_error_is_what_is_lost() -> None:
-    modules = {"a": LoraWeights(down=torch.randn(6, 20), up=torch.randn(30, 6), scale=0.5)}
-    smaller, error = resized(modules, 2)
-    whole = 0.5 * modules["a"].up.double() @ modules["a"].down.double()
+    name = "single_transformer_blocks.0.attn.to_out"
+    modules = {name: LoraWeights(down=torch.randn(6, 20), up=torch.randn(30, 6), scale=0.5)}
+    smaller, error = resized(modules, 2, "flux2")
+    whole = 0.5 * modules[name].up.double() @ modules[name].down.double()
     values = torch.linalg.svdvals(whole)
-    assert len(smaller["a"].down) == 2
+    assert len(smaller[name].down) == 2
     assert error == pytest.approx(float(values[2:].norm() / values.norm()), rel=1e-6)
-    assert relative_difference(modules["a"], smaller["a"]) == pytest.approx(error, rel=1e-4)
+    assert relative_difference(modules[name], smaller[name]) == pytest.approx(error, rel=1e-4)
 
 
 def test_a_rank_that_is_low_already_stays() -> None:
-    modules = {"a": LoraWeights(down=torch.randn(2, 20), up=torch.randn(30, 2), scale=0.5)}
-    assert resized(modules, 2) == (modules, 0.0)
+    pair = LoraWeights(down=torch.randn(2, 20), up=torch.randn(30, 2), scale=0.5)
+    modules = {"single_transformer_blocks.0.attn.to_out": pair}
+    assert resized(modules, 2, "flux2") == (modules, 0.0)
+
+
+def test_linears_that_share_a_factor_are_resized_as_one() -> None:
+    down = torch.randn(6, 20)
+    names = [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"]
+    modules = {name: LoraWeights(down=down, up=torch.randn(HIDDEN, 6), scale=0.5) for name in names}
+    smaller, error = resized(modules, 4, "flux2")
+    tensors = comfyui(smaller, "flux2", torch.float32)
+    assert tensors["diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight"].shape == (4, 20)
+    assert 0 < error < 1
 
 
 def test_the_norm_of_a_product_is_that_of_the_whole_matrix() -> None:
