@@ -14,7 +14,7 @@ from flux2_lora.adapters import AdapterSpec
 from flux2_lora.bundled import share
 from flux2_lora.errors import UserError
 from flux2_lora.families import ModelSpec, outline
-from flux2_lora.planning.choose import Plan, Previews, Work, choose, correct, drawing_plan, plans
+from flux2_lora.planning.choose import Given, Plan, Previews, Work, choose, correct, drawing_plan, plans
 from flux2_lora.planning.hardware import HardwareSpec, card_of
 from flux2_lora.planning.memory import Learning
 from flux2_lora.quantize import PrecisionSpec
@@ -170,7 +170,7 @@ def test_previews_and_accumulation_lengthen_the_run() -> None:
     work = work_of("flux2_klein_base_4b", 512, previews=Previews(every=100, pictures=4, steps=10, passes=2))
     plan = choose(work, card("rtx4060_8gb"), costs_of("flux2_klein_base_4b", 512)).chosen
     assert plan.preview_s == pytest.approx(4 * 10 * 2 * plan.draw_s)
-    assert plan.run_s == pytest.approx(1000 * plan.step_s + 10 * plan.preview_s)
+    assert plan.run_s == pytest.approx(1000 * plan.step_s + 11 * plan.preview_s)  # the base is drawn too
     doubled = choose(replace(work, grad_accumulation=2), card("rtx4060_8gb"), costs_of("flux2_klein_base_4b", 512))
     assert doubled.chosen.step_s == pytest.approx(2 * plan.step_s)
 
@@ -294,3 +294,25 @@ def test_the_command_refuses_a_card_that_is_too_small_and_writes_nothing(command
     assert outcome.code == 2
     assert outcome.err.splitlines()[0].startswith("error: 1024 px, batch_size=1")
     assert not Path("plan.json").exists()
+
+
+@pytest.mark.parametrize("given", [Given(resident=10, slots=3, plain=2), Given(resident=4), Given(plain=0, slots=2)])
+def test_what_the_user_settled_stays_as_it_is(given: Given) -> None:
+    costs = costs_of("flux2_klein_base_4b", 512)
+    plan = choose(replace(work_of("flux2_klein_base_4b", 512), given=given), card("rtx4060_8gb"), costs).chosen
+    assert given.resident in (None, plan.resident_blocks)
+    assert given.slots in (None, plan.slots) or plan.host == "device"
+    assert given.plain in (None, plan.plain_blocks)
+
+
+def test_what_the_user_settled_and_does_not_fit_is_refused() -> None:
+    work = replace(work_of("flux2_klein_base_9b", 1024), given=Given(resident=32, plain=0))
+    with pytest.raises(UserError, match="GB at least"):
+        choose(work, card("rtx4060_8gb"), costs_of("flux2_klein_base_9b", 1024))
+
+
+def test_blocks_that_host_memory_cannot_hold_are_said_to_be_the_cause() -> None:
+    with pytest.raises(UserError, match="GB of host memory"):
+        choose(
+            work_of("flux2_klein_base_9b", 512), card("rtx4060_8gb", host_gb=1.0), costs_of("flux2_klein_base_9b", 512)
+        )
