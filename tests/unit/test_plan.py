@@ -219,7 +219,7 @@ def test_a_slow_step_and_a_spill_are_said_with_the_option() -> None:
     spilled = here.vram_bytes - plan.vram.context + int(0.5e9)
     slow, spill = correct(plan, here, step_s=2 * plan.step_s, peak_bytes=spilled)
     assert f"{2 * plan.run_s / 3600:.1f} h at this rate" in slow
-    assert "hardware.utilisation times 0.50" in slow
+    assert "hardware.bf16_tflops=11.3 hardware.utilisation=1 plans with it" in slow
     assert "shared memory" in spill
     fewer = plan.plain_blocks - -(-int(0.5e9) // plan.plain_bytes)
     assert f"memory.plain_blocks={fewer}" in spill
