@@ -36,8 +36,9 @@ from flux2_lora.inference.starts import Start
 from flux2_lora.lora_files import read_loras
 from flux2_lora.options import from_mapping
 from flux2_lora.planning.hardware import HardwareSpec, card_of
-from flux2_lora.quantize import PrecisionSpec, load_frozen
+from flux2_lora.quantize import PrecisionSpec, load_frozen, trial_of
 from flux2_lora.training.memory import MemorySpec, compile_blocks
+from flux2_lora.training.progress import console
 
 _LARGEST_REFERENCE = 1024 * 1024  # px
 
@@ -94,6 +95,8 @@ class Pipeline:
         if device.type == "cuda" and memory.resident_blocks is None:
             layout = drawing_layout(model, precision, vae, card_of(HardwareSpec(), device))
         transformer = load_frozen(model, precision, device, memory.placement(model.blocks(), layout))
+        if (trial := trial_of(transformer)) is not None:
+            console.print(trial.words)
         names = attach_loras(transformer, loras)
         if memory.compile:
             compile_blocks(transformer)
