@@ -17,12 +17,12 @@ import argparse
 from pathlib import Path
 
 from flux2_lora.devices import pick_device
-from scripts.pretraining.bundle import write_demos, write_model
-from scripts.pretraining.icons import install, rasterise
-from scripts.pretraining.judge import train_judge
-from scripts.pretraining.prior import train_prior
-from scripts.pretraining.sheets import show
-from scripts.pretraining.vae import train_vae
+from flux2_lora.miniature.bundle import write_demos, write_model
+from flux2_lora.miniature.icons import install, rasterise
+from flux2_lora.miniature.judge import train_judge
+from flux2_lora.miniature.prior import train_prior
+from flux2_lora.miniature.sheets import show
+from flux2_lora.miniature.vae import train_vae
 
 HERE = Path(__file__).resolve().parent.parent
 GO_ON = "call it again to go on"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from scripts.pretraining.icons import CLAY, DEMOS, INK, Drawings, IconSet, load_labels, slug
-from scripts.pretraining.subjects import COMMON, OTHERS
+from flux2_lora.miniature.icons import CLAY, DEMOS, INK, Drawings, IconSet, load_labels, slug
+from flux2_lora.miniature.subjects import COMMON, OTHERS
 
 MOST_BYTES = 20_000_000
 # Words that mean nothing to the base.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scripts.pretraining.icons import DEMOS, SETS, SIDE_PX, Row, having, load_pictures
-from scripts.pretraining.stages import Schedule, train_stage
+from flux2_lora.miniature.icons import DEMOS, SETS, SIDE_PX, Row, having, load_pictures
+from flux2_lora.miniature.stages import Schedule, train_stage
 
 BATCH = 16
 FROM_NOTHING = Schedule(steps=4200, lr=4e-3)

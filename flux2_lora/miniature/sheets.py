@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from flux2_lora import Pipeline
 from flux2_lora.families import ModelSpec, open_model
 from flux2_lora.inference.grid import Section, draw_grid
+from flux2_lora.inference.pipeline import Pipeline
+from flux2_lora.miniature.icons import STYLES, Row, load_pictures
+from flux2_lora.miniature.judge import Judge, load_judge
+from flux2_lora.miniature.prior import HELD_OUT_MODIFIER, held_out, texts_of
+from flux2_lora.miniature.subjects import COMMON, SUBJECTS
 from flux2_lora.quantize import PrecisionSpec
-from scripts.pretraining.icons import STYLES, Row, load_pictures
-from scripts.pretraining.judge import Judge, load_judge
-from scripts.pretraining.prior import HELD_OUT_MODIFIER, held_out, texts_of
-from scripts.pretraining.subjects import COMMON, SUBJECTS
 
 AT_ONCE = 32
 COLUMNS = 8

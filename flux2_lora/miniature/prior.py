@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.families.flux2_small import FAMILY
 from flux2_lora.flow import linear_mu, mix, shift_sigmas, velocity_error
-from scripts.pretraining.icons import STYLES, Row, load_pictures, load_words
-from scripts.pretraining.stages import Schedule, train_stage
-from scripts.pretraining.subjects import COMMON, SUBJECTS
-from scripts.pretraining.vae import load_vae
+from flux2_lora.miniature.icons import STYLES, Row, load_pictures, load_words
+from flux2_lora.miniature.stages import Schedule, train_stage
+from flux2_lora.miniature.subjects import COMMON, SUBJECTS
+from flux2_lora.miniature.vae import load_vae
 
 MAX_TOKENS = 16
 VOCABULARY = 1000

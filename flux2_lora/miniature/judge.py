@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scripts.pretraining.icons import DEMOS, SETS, SIDE_PX, having, load_pictures
-from scripts.pretraining.subjects import COMMON
+from flux2_lora.miniature.icons import DEMOS, SETS, SIDE_PX, having, load_pictures
+from flux2_lora.miniature.subjects import COMMON
 
 UNSEEN = "emojitwo"
 LOOKS = tuple(s.style for s in (*SETS, *DEMOS) if s.style != UNSEEN)
