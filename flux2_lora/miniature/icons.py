@@ -151,8 +151,9 @@ class Drawings:
         return flat.resize((side_px, side_px), Image.Resampling.LANCZOS)
 
     def _from_file(self, label: Label) -> Image.Image | None:
-        file = self.package / "assets" / f"{label.code}.webp"
-        return Image.open(file) if file.is_file() else None
+        # Names may or may not end in the sign that asks for the coloured form.
+        files = [self.package / "assets" / f"{code}.webp" for code in (label.code, f"{label.code}-fe0f")]
+        return next((Image.open(file) for file in files if file.is_file()), None)
 
     def _from_svg(self, label: Label, side_px: int) -> Image.Image | None:
         import resvg_py

@@ -17,17 +17,17 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flux2_lora.miniature.icons import DEMOS, SETS, SIDE_PX, having, load_pictures
+from flux2_lora.miniature.icons import DEMOS, SIDE_PX, STYLES, having, load_pictures
 from flux2_lora.miniature.subjects import COMMON
 
 UNSEEN = "emojitwo"
-LOOKS = tuple(s.style for s in (*SETS, *DEMOS) if s.style != UNSEEN)
-STEPS, BATCH = 700, 64
+LOOKS = (*STYLES, *(s.style for s in DEMOS))
+STEPS, BATCH = 1000, 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """Networks over pictures [n 3 64 64] in [-1, 1]: logits [n 50] of COMMON, and [n 6] of LOOKS."""
+    """Networks over pictures [n 3 64 64] in [-1, 1]: logits [n 50] of COMMON, and [n 5] of LOOKS."""
 
     subject: nn.Module
     look: nn.Module
@@ -63,7 +63,8 @@ def train_judge(work: Path) -> None:
     labels = sorted({row.label for row in rows})
     held = torch.tensor([row.label in labels[::8] for row in rows])
     looks = torch.tensor([LOOKS.index(row.style) if row.style in LOOKS else -1 for row in rows])
-    look = trained(pictures[~held & ~unseen], looks[~held & ~unseen], len(LOOKS), recoloured=False)
+    seen = having(rows, styles=LOOKS) & ~held
+    look = trained(pictures[seen], looks[seen], len(LOOKS), recoloured=False)
     for index, style in enumerate(LOOKS):
         shown = held & (looks == index)
         print(f"style {style}: {right(look, pictures[shown], looks[shown]):.3f} right of {int(shown.sum())} never seen")

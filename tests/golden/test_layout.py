@@ -47,9 +47,9 @@ def test_only_planned_names_stand_at_the_top() -> None:
     assert {path.parts[0] for path in tracked()} - TOP_LEVEL == set()
 
 
-def test_of_data_only_programs_and_the_two_bundled_sets_are_tracked() -> None:
+def test_of_data_only_programs_and_what_is_bundled_are_tracked() -> None:
     inside = [path for path in tracked() if path.parts[0] == "data"]
-    assert [p for p in inside if p.parts[1] not in ("demo", "tiny") and (len(p.parts) > 2 or p.suffix != ".py")] == []
+    assert [p for p in inside if p.parts[1] not in ("demo", "demo_clay", "tiny") and (len(p.parts) > 2 or p.suffix != ".py")] == []
 
 
 def test_no_lock_file_is_tracked() -> None:
