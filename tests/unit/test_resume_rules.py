@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
-
 import pytest
 
 from flux2_lora.run.resume import MAY_CHANGE, MAY_NEVER_CHANGE
 from flux2_lora.run_options import RunOptions
-
-
-def options_of(schema: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all options."""
-    found: list[str] = []
-    for entry in fields(schema):
-        name, kind = prefix + entry.name.rstrip("_"), get_type_hints(schema)[entry.name]
-        found += options_of(kind, f"{name}.") if is_dataclass(kind) else [name]
-    return found
+from tests.options import options_of
 
 
 @pytest.mark.parametrize("rule", [*MAY_CHANGE, *MAY_NEVER_CHANGE])
