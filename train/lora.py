@@ -64,6 +64,7 @@ MOST_FAILURES = 10  # steps in a row whose numbers are not finite
 
 @program("train", after_sweep=compare, before=from_card)
 def train(config: RunOptions) -> None:
+    """Look at what is there, encode it, build the model, learn, export: the functions below, in this order."""
     processes = open_processes(pick_device(config.device), config.processes)
     console.quiet = not processes.first
     with claimed(config.folder) if processes.first else nullcontext():
