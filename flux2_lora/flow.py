@@ -61,6 +61,11 @@ class LossSpec:
         """Where the loss turns linear, None for never."""
         return self.huber_delta if self.kind == "huber" else None
 
+    @property
+    def preserved_class(self) -> str | None:
+        """What stands for the trigger word in captions to preserve the base on, None where none are."""
+        return self.preserve_class if self.preserve else None
+
 
 def generator(*key: int | str) -> torch.Generator:
     """A CPU random stream that is a function of its key alone: same key, same numbers, in any process."""

@@ -6,6 +6,7 @@ configs/train.yaml has the defaults, and each group its own page beside it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -63,6 +64,16 @@ class RunOptions:
     allow_change: bool = False
     loader_workers: int = option(0, at_least=0)
 
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.output_dir).expanduser() / self.name
+
+    @property
+    def exported(self) -> Path:
+        """The file that the run ends in."""
+        return self.folder / "export" / f"{self.name}.safetensors"
+
     def work(self, shape: Outline) -> Work:
         """The run as the planner sees it. shape: of the model."""
         preview = self.preview
@@ -77,7 +88,7 @@ class RunOptions:
                 steps=preview.steps,
                 passes=2 if preview.cfg_scale > 1 else 1,
             ),
-            resolution=max(self.dataset.resolution),
+            resolution=self.dataset.side_px,
             batch_size=self.batch_size,
             grad_accumulation=self.grad_accumulation,
             max_steps=self.max_steps,

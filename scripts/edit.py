@@ -30,6 +30,7 @@ from flux2_lora.inference.pipeline import Pipeline
 from flux2_lora.inference.request import (
     AdapterChoice,
     columns_of,
+    in_turn,
     output_folder,
     portable,
     read_chosen,
@@ -107,18 +108,12 @@ def main(config: EditConfig) -> None:
     references, start = [pipeline.as_seen(picture) for picture in shown], start_of(config, job, pipeline)
     columns = columns_of(config)
     columns = columns[1:] or columns
-    results = []
-    if config.merged:
-        pipeline.merge(columns[-1][1])
-    for heading, strengths in columns:
-        if not config.merged:
-            pipeline.use(strengths)
-        results.append(
-            pipeline.draw_from(start, [config.prompt], strength=job.strength, references=references)[0]
-            if start is not None
-            else job.canvas
-        )
-        console.print(f"{len(results)} of {len(columns)}: {heading}")
+    results = [
+        job.canvas
+        if start is None
+        else pipeline.draw_from(start, [config.prompt], strength=job.strength, references=references)[0]
+        for _ in in_turn(config, pipeline, columns)
+    ]
 
     folder.mkdir(parents=True, exist_ok=True)
     files = portable(config.adapters, loras, model, folder, blocks=config.blocks)

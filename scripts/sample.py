@@ -28,6 +28,7 @@ from flux2_lora.inference.pipeline import Pipeline
 from flux2_lora.inference.request import (
     AdapterChoice,
     columns_of,
+    in_turn,
     output_folder,
     portable,
     read_chosen,
@@ -88,11 +89,7 @@ def main(config: SampleConfig) -> None:
     drawn: list[list[Image.Image]] = []
     larger: list[Start] = []
     columns = columns_of(config)
-    if config.merged:
-        pipeline.merge(columns[-1][1])
-    for heading, strengths in columns:
-        if not config.merged:
-            pipeline.use(strengths)
+    for _ in in_turn(config, pipeline, columns):
         if start is not None:
             pictures = pipeline.draw_from(start, config.prompts, strength=config.strength, references=references)
         else:
@@ -101,7 +98,6 @@ def main(config: SampleConfig) -> None:
             larger = [pipeline.to_upscale(picture, factor=config.upscale) for picture in pictures]
             pictures = refined(config, pipeline, larger)
         drawn.append(pictures)
-        console.print(f"{len(drawn)} of {len(columns)}: {heading}")
 
     folder.mkdir(parents=True, exist_ok=True)
     files = portable(config.adapters, loras, model, folder, blocks=config.blocks)

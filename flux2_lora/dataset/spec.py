@@ -94,6 +94,11 @@ class DatasetSpec:
     unmasked_weight: float = option(0.1, at_least=0, at_most=1)
     posterior: str = option("auto", one_of=POSTERIOR)
 
+    @property
+    def side_px(self) -> int:
+        """The side of the largest square that is trained at."""
+        return max(self.resolution)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:

@@ -18,7 +18,7 @@ from flux2_lora import latents as geometry
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.flow import linear_mu
 from flux2_lora.networks.prompts import T5ClipText
-from flux2_lora.networks.transformers import Shapes, blocks_of, compute_type, embedded_guidance, shape_of
+from flux2_lora.networks.transformers import Shapes, compute_type, embedded_guidance, shape_of, stacks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +37,8 @@ class Flux1:
 
     def configuration(self, shapes: Shapes) -> dict[str, Any]:
         """The configuration that a transformer of these tensors has."""
-        hidden, channels = shape_of(shapes, "x_embedder.weight")
-        head = shape_of(shapes, "transformer_blocks.0.attn.norm_q.weight")[0]
         return {
-            "in_channels": channels,
-            "num_layers": blocks_of(shapes, "transformer_blocks"),
-            "num_single_layers": blocks_of(shapes, "single_transformer_blocks"),
-            "attention_head_dim": head,
-            "num_attention_heads": hidden // head,
-            "joint_attention_dim": shape_of(shapes, "context_embedder.weight")[1],
+            **stacks_of(shapes),
             "pooled_projection_dim": shape_of(shapes, "time_text_embed.text_embedder.linear_1.weight")[1],
             "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
         }

@@ -35,7 +35,7 @@ from flux2_lora.inference.edit import Border, extend
 from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.inference.pack import save_picture, write_pack
 from flux2_lora.inference.pictures import decoded, to_pictures
-from flux2_lora.inference.sampling import Prompted, generate, initial_noise
+from flux2_lora.inference.sampling import Prompted, Recipe, generate, initial_noise
 from flux2_lora.inference.settings import Settings
 from flux2_lora.inference.starts import draw_from, under_mask
 from flux2_lora.options import option
@@ -58,6 +58,16 @@ class PreviewSpec:
     cfg_scale: float = option(1.0, at_least=0)
     guidance: float | None = option(None, at_least=0)
     edits: bool = True
+
+    @property
+    def recipe(self) -> Recipe:
+        """How a picture of a preview is drawn; each has a seed of its own."""
+        return Recipe(
+            negative_prompt=self.negative_prompt,
+            steps=self.steps,
+            guidance=self.guidance,
+            cfg_scale=self.cfg_scale,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from flux2_lora.adapters import WEIGHTS, Lora, find_adapter
 from flux2_lora.errors import UserError
 from flux2_lora.export import export_lora
 from flux2_lora.families import Model
+from flux2_lora.inference.pipeline import Pipeline
 from flux2_lora.inference.sampling import Recipe
 from flux2_lora.inference.settings import TEXT_TO_IMAGE, Inputs, Settings
 from flux2_lora.lora_files import OUR_NAMES, read_loras
@@ -62,6 +63,19 @@ def columns_of(choice: AdapterChoice) -> list[tuple[str, list[float]]]:
             strengths = [strength * weight if index in group else 0.0 for index, weight in enumerate(weights)]
             columns.append((f"{name} x {strength:g}", strengths))
     return columns[-1:] if choice.merged else columns
+
+
+def in_turn(
+    choice: AdapterChoice, pipeline: Pipeline, columns: Sequence[tuple[str, Sequence[float]]]
+) -> Iterator[None]:
+    """Have the pipeline draw as each column says, and say when it is drawn."""
+    if choice.merged:
+        pipeline.merge(columns[-1][1])
+    for place, (heading, strengths) in enumerate(columns, start=1):
+        if not choice.merged:
+            pipeline.use(strengths)
+        yield
+        console.print(f"{place} of {len(columns)}: {heading}")
 
 
 def portable(

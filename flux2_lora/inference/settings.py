@@ -16,7 +16,6 @@ from flux2_lora import __version__
 from flux2_lora.files import tensors_hash, without_folders
 
 TEXT_TO_IMAGE = "text to image"
-MODES = (TEXT_TO_IMAGE, "image to image", "inpaint", "outpaint", "upscale")
 PICTURE, ORIGINAL, MASK, LATENT_MASK, SHOWN_MASK = "picture", "original", "mask", "latent-mask", "original-mask"
 _A1111_SAMPLERS = {"euler": "Euler", "heun": "Heun"}
 

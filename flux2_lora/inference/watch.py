@@ -22,7 +22,7 @@ from flux2_lora.training.encoding import CachedSamples
 from flux2_lora.training.memorisation import Likeness, latent_features, likeness
 from flux2_lora.training.progress import console
 from flux2_lora.training.ranking import STOP_AFTER, Row, Verdict, verdict
-from flux2_lora.training.shortage import Knob, cause_of, in_words, is_shortage
+from flux2_lora.training.shortage import Knob, cause_of, in_words, is_shortage, shortage_told
 from flux2_lora.training.state import TrainState
 from flux2_lora.training.step import Sample
 from flux2_lora.training.tracking import Metrics, read_metrics
@@ -33,7 +33,8 @@ from flux2_lora.training.validation import ValidationSpec, validate
 class Watch:
     """held_out: pictures to validate on, `at_once` together; own: what the base draws by itself; last: the last step.
 
-    remedies: what would need less memory.
+    training_set: what previews are held against, by `features`; remedies: what would need less memory; rows: the
+    evaluations so far.
     """
 
     family: ModelFamily
@@ -84,7 +85,11 @@ class Watch:
         self.metrics.write(state.step, **values, **skipped)
 
     def look(self, state: TrainState) -> None:
-        """Validation and preview where their turn has come."""
+        """Validation and preview where their turn has come; RunError where memory runs out in validation."""
+        with shortage_told(f"in validation at step {state.step}", self.remedies):
+            self._look(state)
+
+    def _look(self, state: TrainState) -> None:
         step, preview = state.step, self.previewer.spec.every if self.previewer else 0
         row: dict[str, float] = {}
         with shown(state.optimizer, state.ema, list(state.parameters.values())):
@@ -130,51 +135,19 @@ class Watch:
         return float(training_set.nearest(features).mean())
 
 
-def open_watch(
-    *,
-    family: ModelFamily,
-    spec: ValidationSpec,
-    device: torch.device,
-    last: int,
-    metrics: Metrics,
-    previewer: Previewer | None,
-    held_out: Sequence[Sample],
-    own: Sequence[Sample],
-    samples: CachedSamples,
-    features: Features | None,
-    remedies: Callable[[], Sequence[Knob]],
-    at_once: int,
-) -> Watch:
-    """A watch that knows the rows of the run so far. features: what to compare pictures by; None for VAE latents."""
-    training_set = None
-    if previewer is not None and spec.nearest:
-        records = {item.record: place for place, item in enumerate(samples.items)}
-        if features is None:
-            rows = latent_features([samples.still(place).latents for place in records.values()])
-        else:
-            rows = features([_picture(record.path) for record in records])
-        training_set = likeness(rows)
-    return Watch(
-        family=family,
-        spec=spec,
-        device=device,
-        last=last,
-        metrics=metrics,
-        previewer=previewer,
-        held_out=held_out,
-        own=own,
-        training_set=training_set,
-        features=features,
-        remedies=remedies,
-        at_once=at_once,
-        rows=[row for row in read_metrics(metrics.path) if "loss" not in row],
-    )
+def training_set_of(samples: CachedSamples, features: Features | None) -> Likeness:
+    """The training pictures, to tell copies of them by. features: what compares them; None for VAE latents."""
+    records = {item.record: place for place, item in enumerate(samples.items)}
+    if features is None:
+        return likeness(latent_features([samples.still(place).latents for place in records.values()]))
+    return likeness(features([open_picture(record.path).image for record in records]))
+
+
+def evaluations(metrics: Path) -> list[Row]:
+    """What a run has measured so far, beside the steps that it took."""
+    return [row for row in read_metrics(metrics) if "loss" not in row]
 
 
 def due(step: int, every: int, last: int) -> bool:
     """At step 0, every `every` steps and at the end; never where `every` is 0."""
     return every > 0 and (step % every == 0 or step == last)
-
-
-def _picture(path: Path) -> Image.Image:
-    return open_picture(path).image

@@ -18,7 +18,8 @@ from PIL import Image
 
 from flux2_lora.devices import compute_dtype
 from flux2_lora.errors import UserError, did_you_mean, listed
-from flux2_lora.weights import open_folder, read_json
+from flux2_lora.networks.components import check_own_weights
+from flux2_lora.weights import read_json
 
 Captioner = Callable[[Image.Image], str]
 """A picture, RGB of any size -> its caption on one line; empty where the network has nothing to say."""
@@ -132,14 +133,7 @@ def _checked(folder: Path) -> _Kind:
     config = read_json(folder / "config.json")
     kind = _kind_of(config)
     kind.check(config)
-    if config.get("quantization_config") or (folder / "adapter_config.json").is_file():
-        raise UserError("its weights are quantised or an adapter's", "give the folder of the original model")
-    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            "its weights are pickled, which can run any code when opened, and there are no safetensors",
-            f"use a repository that has model.safetensors, such as {_FLORENCE} or {_BLIP}",
-        )
-    open_folder(folder)
+    check_own_weights(folder, config, such_as=f"{_FLORENCE} or {_BLIP}")
     for what, names in (("processor", _PROCESSOR_FILES), ("tokenizer", _TOKENIZER_FILES)):
         if not any((folder / name).is_file() for name in names):
             raise UserError(f"its {what} is missing ({' or '.join(names)})", "download the whole repository again")

@@ -111,6 +111,18 @@ def load_autoencoder(kind: str, files: ModelFiles, latent_channels: int, device:
     return vae.requires_grad_(False).to(device)
 
 
+def check_own_weights(folder: Path, config: Mapping[str, Any], *, such_as: str) -> None:
+    """UserError unless a model's folder holds its weights as safetensors, as they were released; reads headers only."""
+    if config.get("quantization_config") or (folder / "adapter_config.json").is_file():
+        raise UserError("its weights are quantised or an adapter's", "give the folder of the original model")
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            "its weights are pickled, which can run any code when opened, and there are no safetensors",
+            f"use a repository that has model.safetensors, such as {such_as}",
+        )
+    open_folder(folder)
+
+
 def _columns(weights: Weights, name: str) -> int | None:
     """Columns of a matrix, None where there is none."""
     return weights.shapes[name][1] if name in weights.shapes else None

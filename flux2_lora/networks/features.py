@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from flux2_lora.devices import compute_dtype
 from flux2_lora.errors import UserError, listed
-from flux2_lora.weights import open_folder, read_json
+from flux2_lora.networks.components import check_own_weights
+from flux2_lora.weights import read_json
 
 Features = Callable[[Sequence[Image.Image]], Tensor]
 """n pictures of any size and mode -> features [n d], float32 on the CPU, in their order, not normalised; n >= 1."""
@@ -177,14 +178,7 @@ def _checked(folder: Path) -> _Kind:
         raise UserError("there is no such folder", "nothing is fetched by its name")
     config = read_json(folder / "config.json")
     kind = _kind_of(config)
-    if config.get("quantization_config") or (folder / "adapter_config.json").is_file():
-        raise UserError("its weights are quantised or an adapter's", "give the folder of the original model")
-    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            "its weights are pickled, which can run any code when opened, and there are no safetensors",
-            f"use a repository that has model.safetensors, such as {_DINO} or {_CLIP}",
-        )
-    open_folder(folder)
+    check_own_weights(folder, config, such_as=f"{_DINO} or {_CLIP}")
     if not any((folder / name).is_file() for name in _PROCESSOR_FILES):
         raise UserError(f"its image processor is missing ({' or '.join(_PROCESSOR_FILES)})", _AGAIN)
     return kind

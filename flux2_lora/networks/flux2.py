@@ -18,7 +18,7 @@ from flux2_lora import latents as geometry
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.flow import linear_mu
 from flux2_lora.networks.components import TextEncoders
-from flux2_lora.networks.transformers import Shapes, blocks_of, compute_type, embedded_guidance, shape_of
+from flux2_lora.networks.transformers import Shapes, compute_type, embedded_guidance, shape_of, stacks_of
 from flux2_lora.samplers import empirical_mu
 
 
@@ -38,17 +38,11 @@ class Flux2:
 
     def configuration(self, shapes: Shapes) -> dict[str, Any]:
         """The configuration that a transformer of these tensors has; a SwiGLU's first layer is twice as wide."""
-        hidden, channels = shape_of(shapes, "x_embedder.weight")
-        head = shape_of(shapes, "transformer_blocks.0.attn.norm_q.weight")[0]
+        width = shape_of(shapes, "x_embedder.weight")[0]
         return {
-            "in_channels": channels,
-            "num_layers": blocks_of(shapes, "transformer_blocks"),
-            "num_single_layers": blocks_of(shapes, "single_transformer_blocks"),
-            "attention_head_dim": head,
-            "num_attention_heads": hidden // head,
-            "joint_attention_dim": shape_of(shapes, "context_embedder.weight")[1],
+            **stacks_of(shapes),
             "timestep_guidance_channels": shape_of(shapes, "time_guidance_embed.timestep_embedder.linear_1.weight")[1],
-            "mlp_ratio": shape_of(shapes, "transformer_blocks.0.ff.linear_in.weight")[0] / (2 * hidden),
+            "mlp_ratio": shape_of(shapes, "transformer_blocks.0.ff.linear_in.weight")[0] / (2 * width),
             "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
         }
 

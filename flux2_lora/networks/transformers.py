@@ -95,6 +95,20 @@ def blocks_of(shapes: Shapes, kind: str) -> int:
     return len({name.split(".")[1] for name in shapes if name.startswith(f"{kind}.")})
 
 
+def stacks_of(shapes: Shapes) -> dict[str, Any]:
+    """What the configurations of all architectures share: both stacks of blocks, their width, and what they read."""
+    width, channels = shape_of(shapes, "x_embedder.weight")
+    head = shape_of(shapes, "transformer_blocks.0.attn.norm_q.weight")[0]
+    return {
+        "in_channels": channels,
+        "num_layers": blocks_of(shapes, "transformer_blocks"),
+        "num_single_layers": blocks_of(shapes, "single_transformer_blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shape_of(shapes, "context_embedder.weight")[1],
+    }
+
+
 def _refuse_lost_blocks(files: ModelFiles, config: Mapping[str, Any]) -> None:
     """UserError for a file with fewer or more blocks than the model beside it says, where it says so."""
     beside = files.components / "transformer" / "config.json"

@@ -18,23 +18,26 @@ from flux2_lora.errors import UserError
 from flux2_lora.training import processes
 from tests.conftest import Command
 
+LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
 COMMON = ("device=cpu", "max_steps=5", "preview.every=0", "validation.every=5", "validation.most=2", "name=shared")
 
 
-@pytest.mark.slow
-def test_two_processes_learn_what_one_learns_from_twice_the_batch(command: Command, tmp_path: Path) -> None:
-    """Five steps of 28 pictures by 6, so the last batch of the epoch is short, and one process has less to do."""
-    launched = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"),
-            *("-m", "flux2_lora", "train", *COMMON, "batch_size=3", "processes=2", "output_dir=two"),
-        ],
-        cwd=tmp_path,
+def launch(folder: Path, port: int, *options: str) -> subprocess.CompletedProcess[str]:
+    """Train in two processes that meet at `port`."""
+    return subprocess.run(
+        [*LAUNCHER, "--master-port", str(port), "-m", "flux2_lora", "train", *options],
+        cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_from_twice_the_batch(command: Command, tmp_path: Path) -> None:
+    """Five steps of 28 pictures by 6, so the last batch of the epoch is short, and one process has less to do."""
+    launched = launch(tmp_path, 29511, *COMMON, "batch_size=3", "processes=2", "output_dir=two")
     assert launched.returncode == 0, launched.stdout + launched.stderr
     assert "on cpu in 2 processes" in launched.stdout
     assert launched.stdout.count("checks passed") == 1
@@ -52,6 +55,16 @@ def test_two_processes_learn_what_one_learns_from_twice_the_batch(command: Comma
     assert [two.get("loss") for _, two in pairs] == [
         None if one.get("loss") is None else pytest.approx(one["loss"], rel=1e-4) for one, _ in pairs
     ]
+
+
+@pytest.mark.slow
+def test_two_processes_end_early_together(tmp_path: Path) -> None:
+    """At a rate that spoils the adapter, so that an early evaluation stays the best; only the first process sees it."""
+    spoiled = ("optimizer.lr=1", "optimizer.warmup_steps=0", "checks=false", "batch_size=1", "validation.base_style=0")
+    waiting = ("validation.every=1", "validation.patience=1", "validation.most=2", "preview.every=0", "max_steps=9")
+    launched = launch(tmp_path, 29513, "device=cpu", *spoiled, *waiting, "name=early")
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    assert (tmp_path / "outputs/early/export/early.safetensors").is_file()
 
 
 def test_sharded_bases_are_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

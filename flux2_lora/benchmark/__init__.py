@@ -1,0 +1,1 @@
+"""What scripts/bench_gpu.py measures: ways to train one base on one card, in processes that take turns."""
