@@ -26,7 +26,6 @@ from contextlib import closing, nullcontext
 from functools import partial
 
 import torch
-from torch import nn
 
 from flux2_lora.adapters import attach, trainable
 from flux2_lora.buckets import batches_between
@@ -210,17 +209,18 @@ def take_step(
 
     `training_loss` mixes x, asks the model and takes the mean square. Where a number is not finite, nothing is moved.
     """
-    parameters, total = list(state.parameters.values()), torch.zeros((), device=processes.device)
+    accelerator, parameters = processes.accelerator, list(state.parameters.values())
+    total = torch.zeros((), device=processes.device)
     lr = learning_rate(config.optimizer, state.step, config.max_steps)
     for _ in range(config.grad_accumulation):
         batch = next(stream).to(processes.device)  # latents z, their noise e and noise levels sigma, and captions
         loss = training_loss(data.model.family, state.transformer, batch, config.loss) / config.grad_accumulation
-        loss.backward()
+        accelerator.backward(loss)
         total += loss.detach()
     if processes.count > 1:
         average_gradients(parameters, processes.mean)
         total = processes.mean(total)
-    clipped = nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+    clipped = accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
     mean, norm = torch.stack([total, clipped]).tolist()  # where the host waits for the device, once in a step
     if math.isfinite(mean) and math.isfinite(norm):
         set_rate(state.optimizer, lr)

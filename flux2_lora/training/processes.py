@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 
 from flux2_lora.errors import UserError
@@ -80,6 +81,8 @@ def open_processes(device: torch.device, expected: int | None) -> Processes:
         # Blocks compute in the type of their inputs. Autocast would widen every norm to float32 on a CUDA device, and
         # with it what follows: a block would keep the bytes of 50 to 54 tensors of all its tokens, and not of 20 to 25.
         mixed_precision="no",
+        # The loss of a micro step is divided where it is taken; a variable of the environment would divide it again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         # The first process may encode pictures for hours while the others wait for it.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
     )

@@ -62,7 +62,8 @@ def test_the_library_is_whole(shipped: set[str]) -> None:
 
 
 def test_the_bundled_model_and_pictures_are_carried(shipped: set[str]) -> None:
-    bundled = {path for name in ("demo", "demo_clay", "tiny") for path in (ROOT / "data" / name).rglob("*") if path.is_file()}
+    folders = [ROOT / "data" / name for name in ("demo", "demo_clay", "tiny")]
+    bundled = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
     names = {f"flux2_lora/share/{path.relative_to(ROOT)}" for path in bundled if path.name != ".DS_Store"}
     assert any(name.endswith(".safetensors") for name in names)
     assert names <= shipped

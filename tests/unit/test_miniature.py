@@ -18,7 +18,7 @@ from flux2_lora.miniature.stages import Schedule, train_stage
 from flux2_lora.miniature.subjects import COMMON, OTHERS, SUBJECTS
 
 
-class Cut(Exception):
+class CutError(Exception):
     """A run that ends without warning."""
 
 
@@ -29,7 +29,7 @@ def trained(checkpoint: Path, *, cut_at: int | None = None) -> torch.Tensor:
 
     def loss_at(generator: torch.Generator) -> torch.Tensor:
         if generator.initial_seed() == cut_at:
-            raise Cut
+            raise CutError
         x = torch.randn(4, 3, generator=generator)
         return (module(x) - x[:, :2]).square().mean()
 
@@ -40,7 +40,7 @@ def trained(checkpoint: Path, *, cut_at: int | None = None) -> torch.Tensor:
 
 def test_a_stage_that_was_cut_off_ends_in_the_weights_of_one_that_was_not(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole.pt")
-    with pytest.raises(Cut):
+    with pytest.raises(CutError):
         trained(tmp_path / "cut.pt", cut_at=8)
     assert torch.equal(trained(tmp_path / "cut.pt"), whole)
 
