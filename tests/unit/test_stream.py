@@ -546,6 +546,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name, double in (("Stream", _Stream), ("Event", _Event), ("stream", lambda _: nullcontext())):
         monkeypatch.setattr(torch.cuda, name, double)
     monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: _Stream.said.append("slot"))
     return _Stream.said
 
 
@@ -559,7 +560,7 @@ def test_a_copy_on_a_stream_begins_after_what_was_given_and_is_waited_for_by_its
     stream_blocks(transformer, slots=2, copier=OnStream)
     recompute_blocks(transformer, spread(2, BLOCKS))
     assert torch.equal(case.lived(transformer), expected)
-    assert device[:2] == ["after what was given", "event"]
+    assert device[:4] == ["slot", "slot", "after what was given", "event"]
     assert device.count("event") >= device.count("after an event") > 0
 
 
@@ -589,6 +590,43 @@ def test_a_disk_that_fails_in_the_copying_thread_is_raised_where_the_block_is_ne
     copier.submit(0, 0)
     with pytest.raises(OSError, match="the disk is gone"):
         copier.wait(0)
+
+
+class Unsteady(Adversary):
+    """Fails once where it is told to, before or after it has ruined the slot."""
+
+    failing = ""
+
+    def fail(self, where: str) -> None:
+        if self.failing == where:
+            self.failing = ""
+            raise OSError("the disk was gone for a moment")
+
+    def submit(self, slot: int, block: int) -> None:
+        self.slots[slot].fill_(0x7F)
+        self.fail("submit")
+        super().submit(slot, block)
+
+    def wait(self, slot: int) -> None:
+        if self.failing == "wait":
+            self.pending.pop(slot, None)  # what failed is not tried again by itself
+        self.fail("wait")
+        super().wait(slot)
+
+
+@pytest.mark.parametrize("failing", ["submit", "wait"])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_run_goes_on_after_a_copy_that_failed_in_a_preview(case: Case, slots: int, failing: str) -> None:
+    expected = case.lived(case.adapted())
+    transformer = case.adapted()
+    copier = stream_blocks(transformer, slots=slots, copier=Unsteady)
+    recompute_blocks(transformer, spread(2, BLOCKS))
+    with torch.no_grad():
+        case.velocity(transformer)
+        copier.failing = failing
+        with pytest.raises(OSError, match="for a moment"):
+            case.velocity(transformer)
+    assert torch.equal(case.lived(transformer), expected)
 
 
 def test_a_device_without_streams_gets_its_blocks_at_once(case: Case) -> None:
