@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from flux2_lora import stream
 from flux2_lora.adapters import AdapterSpec, Lora, LoraWeights, attach, attach_loras, lora_layers, merge_loras
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.copiers import AtOnce, Copier
+from flux2_lora.errors import RunError
 from flux2_lora.families import Model, load_family
 from flux2_lora.files import FileDigests
 from flux2_lora.host import Host, InMemory, pack
@@ -444,6 +447,43 @@ def test_a_file_of_blocks_that_was_not_finished_is_made_again(tiny_model: Model,
     (tmp_path / f".{place.name}.part" / "blocks.bin").write_bytes(b"half")
     load_frozen(tiny_model, PrecisionSpec(), CPU, placed(tmp_path, "disk"))
     assert (place / "blocks.bin").read_bytes() == whole
+
+
+def cut_in_half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("name", ["blocks.bin", "scales.safetensors"])
+@pytest.mark.parametrize("harm", [Path.unlink, cut_in_half])
+def test_a_file_of_blocks_that_was_harmed_is_made_again(
+    tiny_model: Model, tmp_path: Path, name: str, harm: Callable[[Path], None]
+) -> None:
+    load_frozen(tiny_model, PrecisionSpec(), CPU, placed(tmp_path, "disk"))
+    (file,) = tmp_path.glob(f"*/{name}")
+    whole = file.read_bytes()
+    harm(file)
+    load_frozen(tiny_model, PrecisionSpec(), CPU, placed(tmp_path, "disk"))
+    assert file.read_bytes() == whole
+
+
+def test_a_file_of_blocks_that_fails_while_it_is_read_is_told(tiny_model: Model, tmp_path: Path) -> None:
+    transformer = load_frozen(tiny_model, PrecisionSpec(), CPU, placed(tmp_path, "disk"))
+    (file,) = tmp_path.glob("*/blocks.bin")
+    os.truncate(file, 4096)
+    with pytest.raises(RunError, match="memory.host=disk: .*blocks.bin cannot be read .*ends before its last block"):
+        said(transformer)
+
+
+def test_a_disk_that_is_full_keeps_nothing_of_the_file(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("flux2_lora.host._write_at", full)
+    with pytest.raises(RunError, match="the disk is full"):
+        load_frozen(tiny_model, PrecisionSpec(), CPU, placed(tmp_path, "disk"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_dir()]
 
 
 def test_weights_begin_at_multiples_of_256_and_overlap_nowhere(case: Case) -> None:
