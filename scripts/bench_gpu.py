@@ -531,6 +531,7 @@ def build(model: Shape, setting: Answer, device: torch.device) -> Trained:
         text=16 if setting["small"] else 512,
         copied=int(moved * sum(values.numel() for values in frozen)),
         blocks=count,
+        block_inputs="host" if setting["model"] == "dev_32b" else "device",  # as its plan for 9 GB has them
     )
 
 
@@ -575,6 +576,7 @@ class Trained:
     text: int
     copied: int
     blocks: int
+    block_inputs: str
 
     def measure(self, *, batch: int, px: int, card: int | None, plain: int, steps: int) -> Answer:
         """Steps on pictures of px x px; seconds of the median one, and bytes at the peak."""
@@ -599,7 +601,8 @@ class Trained:
         if self.way in ("peft", *OFFLOADS):
             self.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
         else:
-            recompute_blocks(self.transformer, MemorySpec(plain_blocks=plain).plain(self.blocks, self.device))
+            memory = MemorySpec(plain_blocks=plain, block_inputs=self.block_inputs)
+            recompute_blocks(self.transformer, memory.plain(self.blocks, self.device), memory.offload(self.device))
 
     def inputs(self, batch: int, side: int) -> tuple[Tensor, Tensor, Conditioning]:
         """Latents, what they are to become, and text."""

@@ -118,6 +118,7 @@ MAY_CHANGE = (
     "memory.resident_blocks",
     "memory.slots",
     "memory.plain_blocks",
+    "memory.block_inputs",
     "memory.host",
     "memory.folder",
 )
@@ -243,7 +244,7 @@ def build(config: RunOptions, data: Data, processes: Processes) -> TrainState:
         console.print(streamer.words)
     if plan is not None:
         console.print(plan.words)
-    recompute_blocks(transformer, config.memory.plain(blocks, device, plan))
+    recompute_blocks(transformer, config.memory.plain(blocks, device, plan), config.memory.offload(device, plan))
     parameters = trainable(transformer)
     optimizer = make_optimizer(config.optimizer, grouped(config.optimizer, family.architecture, parameters))
     ema = Ema(config.optimizer.ema_decay, list(parameters.values())) if config.optimizer.ema_decay else None
@@ -278,7 +279,8 @@ def learn(config: RunOptions, run: Path, data: Data, state: TrainState, processe
     if device.type == "cpu":
         keep_free_memory()
     told = partial(remedies, config, data, device)
-    watch = watch_of(config, run, data, state, device) if processes.first else None
+    with shortage_told("while the base drew its own pictures", told):
+        watch = watch_of(config, run, data, state, device) if processes.first else None
     if watch is not None and start == 0:
         with shortage_told("in validation at step 0", told):
             watch.look(state)
@@ -543,7 +545,7 @@ def watch_of(config: RunOptions, run: Path, data: Data, state: TrainState, devic
     )
     previewer = None
     if config.preview.every:
-        vae, previews = data.model.load_vae(device), run / "previews"
+        vae, previews = data.model.load_vae(torch.device("cpu")), run / "previews"
         previewer = Previewer(
             family=data.model.family,
             vae=vae,

@@ -470,7 +470,7 @@ def test_a_file_of_blocks_that_fails_while_it_is_read_is_told(tiny_model: Model,
     transformer = load_frozen(tiny_model, PrecisionSpec(), CPU, placed(tmp_path, "disk"))
     (file,) = tmp_path.glob("*/blocks.bin")
     os.truncate(file, 4096)
-    with pytest.raises(RunError, match="memory.host=disk: .*blocks.bin cannot be read .*ends before its last block"):
+    with pytest.raises(RunError, match=r"memory.host=disk: .*blocks.bin cannot be read .*ends before its last block"):
         said(transformer)
 
 
@@ -531,7 +531,7 @@ def test_blocks_are_spread_evenly(blocks: int) -> None:
 
 def test_memory_options_come_before_a_choice_and_a_choice_before_what_is_usual() -> None:
     class Chosen:
-        resident_blocks, slots, plain_blocks = 3, 4, 1
+        resident_blocks, slots, plain_blocks, inputs_on_host, host = 3, 4, 1, False, "memory"
 
     cuda = torch.device("cuda")
     assert MemorySpec().placement(6) is None
@@ -542,6 +542,10 @@ def test_memory_options_come_before_a_choice_and_a_choice_before_what_is_usual()
     given = MemorySpec(resident_blocks=1, slots=2, plain_blocks=0).placement(6, Chosen())
     assert given is not None
     assert (len(given.resident), given.slots) == (1, 2)
+    assert (chosen.host, given.host) == ("memory", "memory")
+    asked = MemorySpec(host="disk").placement(6, Chosen())
+    assert asked is not None
+    assert asked.host == "disk"
     assert MemorySpec(resident_blocks=1000).placement(6, Chosen()) is None
 
 
@@ -555,39 +559,11 @@ def test_auto_takes_the_disk_where_host_memory_does_not_hold_the_blocks(
     assert auto.host_for(8_000, torch.device("cuda")) == "pinned"
 
 
-class _Stream:
-    """Stands for a stream of a device that does everything as soon as it is told; notes what it was told."""
-
-    said: list[str]
-
-    def __init__(self, *_: object) -> None: ...
-
-    def wait_stream(self, _: object) -> None:
-        _Stream.said.append("after what was given")
-
-    def wait_event(self, _: object) -> None:
-        _Stream.said.append("after an event")
-
-
-class _Event:
-    def record(self, _: object) -> None:
-        _Stream.said.append("event")
-
-    def synchronize(self) -> None:
-        """Nothing runs behind the host's back here."""
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """CUDA's calls, as far as copiers make them."""
-    from contextlib import nullcontext
-
-    _Stream.said = []
-    for name, double in (("Stream", _Stream), ("Event", _Event), ("stream", lambda _: nullcontext())):
-        monkeypatch.setattr(torch.cuda, name, double)
-    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
-    monkeypatch.setattr(Tensor, "record_stream", lambda *_: _Stream.said.append("slot"))
-    return _Stream.said
+def test_a_plan_that_counted_on_memory_gets_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flux2_lora.placement.host_bytes", lambda: 10_000)
+    planned = placed(tmp_path, "memory")
+    assert planned.host_for(9_000, CPU) == "staged"
+    assert planned.host_for(9_000, torch.device("cuda")) == "pinned"
 
 
 def test_a_copy_on_a_stream_begins_after_what_was_given_and_is_waited_for_by_its_event(
