@@ -98,12 +98,10 @@ def _step(arena: Arena, costs: Costs, layout: Layout) -> None:
     away = range(count - layout.plain if layout.inputs_on_host else 0)
     _play(arena, costs.stem, "stem")
     for index in range(count):
-        if index - 1 in away:
+        if index in away:
             _clear(arena, [index - 2])  # the input of the block before: it has left by now
         block = costs.block(index)
         _play(arena, block.kept if index in plain else block.forward, index)
-    if count - 1 in away:
-        _clear(arena, [count - 2])
     _play(arena, costs.head, "head")
     _play(arena, costs.turn, "turn")
     for index in reversed(range(count)):
@@ -112,10 +110,11 @@ def _step(arena: Arena, costs: Costs, layout: Layout) -> None:
             _play(arena, block.backward, index)
             _clear(arena, [index])
         else:
-            for back in [
-                one for one in (index, index - 1) if one >= 0 and one in away and ("input", one) not in arena.taken
-            ]:
-                arena.take(("input", back), block.forward.net)
+            if index in away:
+                _clear(arena, [index - 1])  # the last input that was on its way
+                for back in {index, max(index - 1, 0)}:
+                    if ("input", back) not in arena.taken:
+                        arena.take(("input", back), block.forward.net)
             _play(arena, block.kept, ("again", index))
             _play(arena, block.backward, ("again", index))
             _clear(arena, [index, ("again", index)])

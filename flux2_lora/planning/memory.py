@@ -142,14 +142,20 @@ def _of_one_graph(costs: Costs, layout: Layout, gradients: int, before: int) -> 
         else:
             back = min(index + 1, 2) * block.forward.net if layout.inputs_on_host else 0
             yield Moment(gradients=gradients, activations=alive + back, working=_recomputed(block))
-            alive -= 0 if layout.inputs_on_host and index + 1 < first_plain else block.forward.net
+            if not layout.inputs_on_host:
+                alive -= block.forward.net
+            elif index + 1 == first_plain:
+                alive -= min(index + 1, 2) * block.forward.net  # its output, and its input, which was on its way
         gradients += 0 if accumulated else _NUMBER * costs.adapted[index]
 
 
 def _given_up(costs: Costs, layout: Layout, index: int) -> int:
-    """Bytes of the input of a block that has left for host memory when the block has run; the first one's is small."""
-    recomputed = index < len(costs.kinds) - layout.plain
-    return costs.block(index - 1).forward.net if layout.inputs_on_host and recomputed and index else 0
+    """Bytes of a block's input that are given up when the next block begins; the first one's count as the stem's.
+
+    The input of the last recomputed block is given up when backward begins.
+    """
+    leaves = layout.inputs_on_host and 0 < index < len(costs.kinds) - layout.plain - 1
+    return costs.block(index - 1).forward.net if leaves else 0
 
 
 def _left_for_backward(costs: Costs, layout: Layout) -> int:
