@@ -17,7 +17,7 @@ from flux2_lora.stream import spread
 
 _NUMBER = 4  # bytes of a LoRA number and of its gradient: both are float32
 # Room that a caching allocator leaves between tensors, as a part of what the largest pass holds. Replayed steps leave
-# 0.4 to 1.3 of it (tests/allocator.py); with expandable segments whole pages of it are moved before memory runs out.
+# 0.2 to 1.3 of it (tests/allocator.py); with expandable segments whole pages of it are moved before memory runs out.
 _HOLES = 0.4
 
 

@@ -103,6 +103,7 @@ def recompute_blocks(transformer: nn.Module, plain: Collection[int], offload: Of
     blocks, streamer = list(blocks_in(transformer).values()), streamer_of(transformer)
     kept = {blocks[number] for number in plain}
     if streamer is None and len(kept) == len(blocks):
+        transformer.disable_gradient_checkpointing()  # type: ignore[operator]
         return
 
     def run(block: nn.Module, *inputs: Any) -> Any:

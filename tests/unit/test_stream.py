@@ -6,6 +6,7 @@ import copy
 import errno
 import os
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,15 +18,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux2_lora import stream
+from flux2_lora import host, stream
 from flux2_lora.adapters import AdapterSpec, Lora, LoraWeights, attach, attach_loras, lora_layers, merge_loras
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.copiers import AtOnce, Copier
 from flux2_lora.errors import RunError
 from flux2_lora.families import Model, load_family
 from flux2_lora.files import FileDigests
-from flux2_lora.host import Host, InMemory, pack
-from flux2_lora.networks.transformers import blocks_in
+from flux2_lora.host import Host, InMemory, Packed, pack
+from flux2_lora.networks.transformers import block_linears, blocks_in
 from flux2_lora.placement import Placement, streamer_on
 from flux2_lora.quantize import FrozenLinear, PrecisionSpec, load_frozen
 from flux2_lora.stream import Phase, Streamer, attach_streamer, spread, streamer_of, use_order
@@ -314,6 +315,16 @@ def test_each_copy_is_waited_for_once_and_each_use_follows_the_wait(case: Case, 
     assert uses == 5 * BLOCKS
 
 
+def test_blocks_that_were_recomputed_are_not_where_all_are_plain_later(case: Case) -> None:
+    transformer, ran = case.adapted(), []
+    next(iter(blocks_in(transformer).values())).register_forward_pre_hook(lambda *_: ran.append(1))
+    for plain, runs in (((), 2), (range(BLOCKS), 1)):
+        ran.clear()
+        recompute_blocks(transformer, plain)
+        case.step(transformer)
+        assert len(ran) == runs
+
+
 def test_without_kept_a_block_that_keeps_its_activations_is_refused_by_autograd(case: Case) -> None:
     transformer = case.adapted()
     stream_blocks(transformer, slots=2)
@@ -437,6 +448,27 @@ def test_what_is_merged_on_disk_leaves_the_shared_file_as_it_is(tiny_model: Mode
         results.append(said(transformer))
     assert torch.equal(*results)
     assert [file.read_bytes() for file in tmp_path.glob("*/blocks.bin")] == before
+
+
+def test_a_file_of_blocks_is_made_with_one_block_in_memory(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = weakref.WeakSet[FrozenLinear]()
+    most, made = 0, host.pack
+
+    def packed(block: nn.Module) -> Packed:
+        nonlocal most
+        alive.update(module for module in block.modules() if isinstance(module, FrozenLinear))
+        most = max(most, len(alive))
+        return made(block)
+
+    monkeypatch.setattr(host, "pack", packed)
+    load_frozen(tiny_model, PrecisionSpec(), CPU, placed(tmp_path, "disk"))
+    of_a_block = [
+        sum(".0." in path for path in block_linears(tiny_model.empty_transformer()) if path.startswith(kind))
+        for kind in ("transformer_blocks", "single_transformer_blocks")
+    ]
+    assert most == max(of_a_block)
 
 
 def test_a_file_of_blocks_that_was_not_finished_is_made_again(tiny_model: Model, tmp_path: Path) -> None:
