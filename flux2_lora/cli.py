@@ -7,6 +7,7 @@ a misspelt command does not cost the seconds of a start.
 from __future__ import annotations
 
 import ast
+import os
 import re
 import runpy
 import sys
@@ -102,6 +103,8 @@ def _explained(command: str) -> str:
 def _run(program: Program, overrides: Sequence[str]) -> None:
     path = str(share() / program.file)
     sys.argv = [path, *overrides]
+    if sys.platform == "linux":  # PyTorch has it there; what it reserves is then what a plan counts, with few holes
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         runpy.run_path(path, run_name="__main__")
     except KeyboardInterrupt:

@@ -2,8 +2,9 @@
 
 Law: a copy begins when the device has done all that it was given before `submit`, so a slot may be handed out again as
 soon as the last work on it was given; and what is given after `wait` finds the bytes there. The host waits for neither:
-on CUDA (and ROCm, which has the same calls) copies run on a stream of their own and events order the two. Where there
-are no streams, `submit` copies at once, in the one order that everything has there.
+on CUDA (and ROCm, which has the same calls) copies run on a stream of their own and events order the two; the slots are
+recorded there, so that memory which is given back while a copy is on its way goes to nobody before the copy ended.
+Where there are no streams, `submit` copies at once, in the one order that everything has there.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class OnStream:
 
     def __init__(self, host: Host, slots: Sequence[Tensor]) -> None:
         self._host, self._slots, self._device = host, slots, slots[0].device
-        self._stream = torch.cuda.Stream(self._device)
+        self._stream = _stream_of(slots)
         self._done = [torch.cuda.Event() for _ in slots]
 
     def submit(self, slot: int, block: int) -> None:
@@ -74,7 +75,7 @@ class Staged:
     def __init__(self, host: Host, slots: Sequence[Tensor], allocate: Callable[[int], Tensor]) -> None:
         """allocate: size -> pinned uint8 [size]."""
         self._host, self._slots, self._device = host, slots, slots[0].device
-        self._stream = torch.cuda.Stream(self._device)
+        self._stream = _stream_of(slots)
         self._done = [torch.cuda.Event() for _ in slots]
         self._buffers = cycle([(allocate(len(slots[0])), torch.cuda.Event()) for _ in range(2)])
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="copier")
@@ -99,3 +100,11 @@ class Staged:
     def wait(self, slot: int) -> None:
         self._begun[slot].result()
         torch.cuda.current_stream(self._device).wait_event(self._done[slot])
+
+
+def _stream_of(slots: Sequence[Tensor]) -> torch.cuda.Stream:
+    """A stream that fills them."""
+    stream = torch.cuda.Stream(slots[0].device)
+    for slot in slots:
+        slot.record_stream(stream)
+    return stream

@@ -2,8 +2,9 @@
 
 Law: a block is one flat run of bytes with each weight at a multiple of 256, so that one copy moves all of it and every
 view into the copy is aligned as kernels ask. Bytes go in and come out as they are. The file is keyed by the content of
-what it was made from and gets its name by a rename: it is whole, and never stale. Reading it takes memory of the
-reader's own, so that a model of any size needs no more of the host than its largest block.
+what it was made from and gets its name by a rename: it is whole, and never stale; what was cut short since is made
+again. Reading it takes memory of the reader's own, so that a model of any size needs no more of the host than its
+largest block.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import IO, Protocol, cast
 
 import torch
 from filelock import FileLock
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from flux2_lora.errors import RunError
 from flux2_lora.files import room_for, sync_folder, write_tensors
 
 _ALIGNED, _PAGE = 256, 4096
@@ -138,10 +140,17 @@ class OnDisk:
         weakref.finalize(self, self._original.close)
 
     def read(self, block: int, into: Tensor) -> int:
+        """RunError where the disk fails."""
         size = self.blocks[block].size
-        with self._lock:
-            file, start = self._places[block]
-            _fill_from(file, start, into[:size])
+        try:
+            with self._lock:
+                file, start = self._places[block]
+                _fill_from(file, start, into[:size])
+        except OSError as error:
+            raise RunError(
+                f"memory.host=disk: {self.words} cannot be read ({error})",
+                "check the disk and run the same command again; what is not whole is then made again",
+            ) from error
         return size
 
     def write(self, block: int, start: int, content: Tensor) -> None:
@@ -171,13 +180,27 @@ def written(folder: Path, key: str, blocks: Callable[[], Iterator[nn.Module]]) -
     place, part = folder / key, folder / f".{key}.part"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f".{key}.lock"):
-        if not place.is_dir():
-            shutil.rmtree(part, ignore_errors=True)  # what a killed process left
+        if not _is_whole(place):
+            for left in (place, part):  # by who cut it short, or by a killed process
+                shutil.rmtree(left, ignore_errors=True)
             part.mkdir()
-            _write_blocks(part, blocks())
+            try:
+                _write_blocks(part, blocks())
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)  # a full disk is not to stay full
+                raise
             os.replace(part, place)
             sync_folder(folder)
     return OnDisk(place)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder has all that `OnDisk` asks of it."""
+    try:
+        blocks = OnDisk(folder).blocks
+        return (folder / _BYTES).stat().st_size == _starts(blocks)[-1] + blocks[-1].size
+    except (OSError, SafetensorError):
+        return False
 
 
 def _write_blocks(folder: Path, blocks: Iterator[nn.Module]) -> None:
@@ -227,7 +250,7 @@ def _bytes(flat: Tensor) -> memoryview:
 
 
 def _end(file: IO[bytes]) -> int:
-    raise EOFError(f"{file.name} ends before its last block")
+    raise OSError(f"{file.name} ends before its last block")
 
 
 def _write_at(file: IO[bytes], start: int, flat: Tensor) -> None:

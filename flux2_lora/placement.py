@@ -22,6 +22,7 @@ from flux2_lora.host import Host, InMemory, Packed
 from flux2_lora.stream import Streamer
 
 HOSTS = ("auto", "pinned", "staged", "disk")
+MEMORY = "memory"
 _MOST_OF_HOST = 0.8  # of what is free: text and picture caches, and the system, need some too
 
 
@@ -29,7 +30,8 @@ _MOST_OF_HOST = 0.8  # of what is free: text and picture caches, and the system,
 class Placement:
     """resident: numbers of the blocks that stay; slots: how many blocks the device holds of the others.
 
-    host: pinned, staged (memory that is not pinned), disk, or auto; folder: of the disk's files.
+    host: pinned, staged (memory that is not pinned), memory (the one of the two that the system allows), disk, or auto;
+    folder: of the disk's files.
     """
 
     resident: frozenset[int]
@@ -38,13 +40,13 @@ class Placement:
     folder: Path
 
     def host_for(self, size: int, device: torch.device) -> str:
-        """The host that `auto` means for blocks of `size` bytes.
+        """The host that `auto`, or `memory`, means for blocks of `size` bytes.
 
         Disk where memory does not hold them; not pinned where Windows allows but half of the memory to be.
         """
-        if self.host != "auto":
+        if self.host not in ("auto", MEMORY):
             return self.host
-        if size > _MOST_OF_HOST * host_bytes():
+        if self.host == "auto" and size > _MOST_OF_HOST * host_bytes():
             return "disk"
         most = psutil.virtual_memory().total / 2 if sys.platform == "win32" else size
         return "pinned" if device.type == "cuda" and size <= most else "staged"
@@ -77,11 +79,14 @@ def _plain(size: int) -> Tensor:
 
 
 def _pinned(size: int) -> Tensor:
-    """UserError where the system refuses."""
+    return pinned_as_asked(size, "memory.host=pinned", "set memory.host=staged, or disk; both need two blocks of it")
+
+
+def pinned_as_asked(size: int, option: str, remedy: str) -> Tensor:
+    """uint8 [size] that a CUDA device copies from by itself; UserError, naming the option, where the system refuses."""
     try:
         return pinned(size)
     except RuntimeError as error:
         raise UserError(
-            f"memory.host=pinned: the system does not pin {size / 1e9:.2f} GB more of host memory ({error})",
-            "set memory.host=staged, or disk; staged needs two blocks of pinned memory",
+            f"{option}: the system does not pin {size / 1e9:.2f} GB more of host memory ({error})", remedy
         ) from error

@@ -347,7 +347,9 @@ class _Loader:
     def _blocks_in_turn(self) -> Iterator[nn.Module]:
         """Blocks of a transformer that is there for their sake, each dropped after its turn."""
         other = replace(self, transformer=self.model.empty_transformer())
-        for path in blocks_in(other.transformer):
+        for path in list(
+            blocks_in(other.transformer)
+        ):  # names alone: a dictionary would keep every block until the end
             yield other.load_block(path)
             other.transformer.set_submodule(path, nn.Identity())
 

@@ -81,7 +81,11 @@ class RunOptions:
             outline=shape,
             adapter=self.adapter,
             precision=self.precision,
-            learning=Learning(state_bytes=state_bytes(self.optimizer)),
+            learning=Learning(
+                state_bytes=state_bytes(self.optimizer),
+                graphs=2 if self.loss.preserve else 1,
+                accumulates=self.grad_accumulation > 1,
+            ),
             previews=Previews(
                 every=preview.every,
                 pictures=preview.count + EDITED * preview.edits,
@@ -92,7 +96,13 @@ class RunOptions:
             batch_size=self.batch_size,
             grad_accumulation=self.grad_accumulation,
             max_steps=self.max_steps,
-            given=Given(resident=self.memory.resident_blocks, slots=self.memory.slots, plain=self.memory.plain_blocks),
+            given=Given(
+                resident=self.memory.resident_blocks,
+                slots=self.memory.slots,
+                plain=self.memory.plain_blocks,
+                host=self.memory.host,
+                block_inputs=self.memory.block_inputs,
+            ),
             matmul="fp8" if self.precision.matmul == "fp8" else "bf16",
         )
 

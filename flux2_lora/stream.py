@@ -127,14 +127,15 @@ class Streamer:
         asked = number, phase()
         if asked == self._latest:
             return
-        wanted = self._wanted[asked[1]][number]
+        self._latest, wanted = None, self._wanted[asked[1]][number]
         for one in wanted:
             if one not in self._held:
                 self._fetch(one, wanted)
         slot = self._held.index(number)
         if not self._arrived[slot]:
+            self._held[slot] = None  # a copy that failed is begun anew by who asks next
             self._copier.wait(slot)
-            self._arrived[slot] = True
+            self._held[slot], self._arrived[slot] = number, True
             self._blocks[number].bind(slot)
         self._latest = asked
 
@@ -159,10 +160,11 @@ class Streamer:
     def _fetch(self, number: int, wanted: Sequence[int]) -> None:
         slot = next(place for place, held in enumerate(self._held) if held not in wanted)
         before = self._held[slot]
+        self._held[slot], self._arrived[slot] = None, False  # what fails, or is interrupted, leaves an empty slot
         if before is not None:
             self._blocks[before].bind(None)
         self._copier.submit(slot, number)
-        self._held[slot], self._arrived[slot] = number, False
+        self._held[slot] = number
 
     def _see(self, number: int) -> None:
         """Make the tensors of a block in every slot once: a step makes none."""

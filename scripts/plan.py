@@ -116,6 +116,7 @@ def contract(plan: Plan) -> dict[str, Any]:
         "slots": plan.slots,
         "checkpointing": plan.checkpointing,
         "host": plan.host,
+        "inputs_on_host": plan.inputs_on_host,
         "matmul": plan.matmul,
         "draw_s": plan.draw_s,
         "preview_s": plan.preview_s,

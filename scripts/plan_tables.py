@@ -77,7 +77,7 @@ def best(work: Work, costs: Costs, on: Card) -> str:
         return error.what
     whole = Search(work=work, card=on, costs=costs).step_s(Layout(resident=plan.blocks), "device")
     resident = f", {plan.resident_blocks} resident" if plan.resident_blocks else ""
-    disk = ", disk" if plan.host == "disk" else ""
+    disk = (", inputs on host" if plan.inputs_on_host else "") + (", disk" if plan.host == "disk" else "")
     size = f"{plan.vram.peak / 1e9:.1f} GB"
     return f"{plan.plain_blocks} plain{resident}: {plan.step_s:.2f} s x{plan.step_s / whole:.2f}, {size}{disk}"
 

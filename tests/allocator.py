@@ -95,8 +95,11 @@ def replayed(costs: Costs, layout: Layout, learning: Learning, steps: int = 2) -
 def _step(arena: Arena, costs: Costs, layout: Layout) -> None:
     count = len(costs.kinds)
     plain = range(count - layout.plain, count)
+    away = range(count - layout.plain if layout.inputs_on_host else 0)
     _play(arena, costs.stem, "stem")
     for index in range(count):
+        if index in away:
+            _clear(arena, [index - 2])  # the input of the block before: it has left by now
         block = costs.block(index)
         _play(arena, block.kept if index in plain else block.forward, index)
     _play(arena, costs.head, "head")
@@ -107,11 +110,18 @@ def _step(arena: Arena, costs: Costs, layout: Layout) -> None:
             _play(arena, block.backward, index)
             _clear(arena, [index])
         else:
+            if index in away:
+                _clear(arena, [index - 1])  # the last input that was on its way
+                for back in {index, max(index - 1, 0)}:
+                    if ("input", back) not in arena.taken:
+                        arena.take(("input", back), block.forward.net)
             _play(arena, block.kept, ("again", index))
             _play(arena, block.backward, ("again", index))
             _clear(arena, [index, ("again", index)])
+            if index in away:
+                arena.give_back(("input", index))
         for piece in range(0, 4 * costs.adapted[index], GRADIENT):
-            arena.take(("gradient", index, piece), GRADIENT)
+            arena.take(("gradient", index, piece), min(GRADIENT, 4 * costs.adapted[index] - piece))
     _clear(arena, ["stem", "head", "turn"])
     arena.take(("update", 0), 4 * sum(costs.adapted))
     _clear(arena, ["update", "gradient"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flux2_lora import cli
 from flux2_lora.bundled import share
@@ -112,3 +113,36 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, 
         return Outcome(code or 0, streams.out, streams.err)
 
     return run
+
+
+class _Stream:
+    """Stands for a stream of a device that does everything as soon as it is told; notes what it was told."""
+
+    said: list[str]
+
+    def __init__(self, *_: object) -> None: ...
+
+    def wait_stream(self, _: object) -> None:
+        _Stream.said.append("after what was given")
+
+    def wait_event(self, _: object) -> None:
+        _Stream.said.append("after an event")
+
+
+class _Event:
+    def record(self, _: object) -> None:
+        _Stream.said.append("event")
+
+    def synchronize(self) -> None:
+        """Nothing runs behind the host's back here."""
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """CUDA's calls, as far as copies make them; what was told in order."""
+    _Stream.said = []
+    for name, double in (("Stream", _Stream), ("Event", _Event), ("stream", lambda _: nullcontext())):
+        monkeypatch.setattr(torch.cuda, name, double)
+    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: _Stream.said.append("slot"))
+    return _Stream.said

@@ -128,7 +128,7 @@ def build(config: RunOptions, data: Data, processes: Processes) -> TrainState:
         tried = velocity(model, transformer, batch)
     targeted = attach(transformer, architecture, config.adapter, seed=config.seed)
     tell_base(config, transformer, plan, targeted=targeted, of=len(model.projections()))
-    recompute_blocks(transformer, config.memory.plain(blocks, device, plan))
+    recompute_blocks(transformer, config.memory.plain(blocks, device, plan), config.memory.offload(device, plan))
     parameters = trainable(transformer)
     optimizer = make_optimizer(config.optimizer, grouped(config.optimizer, architecture, parameters))
     ema = Ema(config.optimizer.ema_decay, list(parameters.values())) if config.optimizer.ema_decay else None
@@ -161,7 +161,8 @@ def learn(config: RunOptions, data: Data, state: TrainState, processes: Processe
     if device.type == "cpu":
         keep_free_memory()
     told = partial(remedies, config, data, device)
-    watch = watch_run(config, data, state, device) if processes.first else None
+    with shortage_told("while the base drew its own pictures", told):
+        watch = watch_run(config, data, state, device) if processes.first else None
     if watch is not None and start == 0:
         watch.look(state)
     stream = stream_of(config, data, processes, start)

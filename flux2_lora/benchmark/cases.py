@@ -8,6 +8,7 @@ from typing import Any
 
 HELD, CONTEXT = 0.6e9, 0.45e9  # of a card: by the desktop and others, and by the driver for this process
 RANK = 16
+OPTIMIZER = "adamw8bit"  # what the plans of small cards count on
 OFFLOADS = ("offload", "offload_stream")
 WAYS = ("streamed", "planned", "fp8", "int8", "peft", *OFFLOADS)
 SMALL = {"num_layers": 1, "num_single_layers": 3, "num_attention_heads": 2, "joint_attention_dim": 64}

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from flux2_lora.benchmark.cases import RANK, SMALL, Case, Shape
+from flux2_lora.benchmark.cases import OPTIMIZER, RANK, SMALL, Case, Shape
 from flux2_lora.benchmark.rates import Rates
 from flux2_lora.benchmark.worker import last_line
 
@@ -35,7 +35,7 @@ def asking_plan(
         *(f"model={model.page}", "model.path=not_here", f"hardware={case.card}gb", f"output={told}", "preview.every=0"),
         *(f"model.geometry.{key}={json.dumps(value)}" for key, value in geometry.items()),
         *(f"hardware.copy_gb_s={rates.copy / 1e9}", f"hardware.bf16_tflops={rates.flops / 1e12}"),
-        *("hardware.utilisation=1", "hardware.host_gb=64", f"adapter.rank={RANK}"),
+        *("hardware.utilisation=1", "hardware.host_gb=64", f"adapter.rank={RANK}", f"optimizer={OPTIMIZER}"),
         *(f"batch_size={case.batch}", f"dataset.resolution={case.px}"),
     ]
     command = [sys.executable, "-m", "flux2_lora", "plan", *options]

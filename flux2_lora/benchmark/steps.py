@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flux2_lora.adapters import AdapterSpec, attach, trainable
-from flux2_lora.benchmark.cases import CONTEXT, HELD, OFFLOADS, RANK, Shape
+from flux2_lora.benchmark.cases import CONTEXT, HELD, OFFLOADS, OPTIMIZER, RANK, Shape
 from flux2_lora.benchmark.rates import seconds
 from flux2_lora.benchmark.rivals import attach_plain, offload
 from flux2_lora.benchmark.worker import Answer
@@ -87,12 +87,13 @@ def build(model: Shape, setting: Answer, device: torch.device) -> Trained:
         family=family,
         transformer=transformer,
         parameters=parameters,
-        optimizer=make_optimizer(OptimizerSpec(), [{"params": parameters, "lr": 1e-4, "lr_scale": 1.0}]),
+        optimizer=make_optimizer(OptimizerSpec(kind=OPTIMIZER), [{"params": parameters, "lr": 1e-4, "lr_scale": 1.0}]),
         device=device,
         way=way,
         text=16 if setting["small"] else 512,
         copied=int(moved * sum(values.numel() for values in frozen)),
         blocks=count,
+        block_inputs="host" if setting["model"] == "dev_32b" else "device",  # as its plan for 9 GB has them
     )
 
 
@@ -109,6 +110,7 @@ class Trained:
     text: int
     copied: int
     blocks: int
+    block_inputs: str
 
     def measure(self, *, batch: int, px: int, card: int | None, plain: int, steps: int) -> Answer:
         """Steps on pictures of px x px; seconds of the median one, and bytes at the peak."""
@@ -131,7 +133,8 @@ class Trained:
         if self.way in ("peft", *OFFLOADS):
             self.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
         else:
-            recompute_blocks(self.transformer, MemorySpec(plain_blocks=plain).plain(self.blocks, self.device))
+            memory = MemorySpec(plain_blocks=plain, block_inputs=self.block_inputs)
+            recompute_blocks(self.transformer, memory.plain(self.blocks, self.device), memory.offload(self.device))
 
     def inputs(self, batch: int, side: int) -> tuple[Tensor, Tensor, Conditioning]:
         """Latents, what they are to become, and text."""

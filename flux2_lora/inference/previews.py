@@ -1,12 +1,14 @@
 """Previews during training: what the adapter draws now, beside what the base drew and what it drew before.
 
 Made from prompts encoded beforehand, with the transformer that is being trained. Nothing of it is disturbed: no global
-random number is drawn, no parameter is moved or cast, and the adapter is as it was.
+random number is drawn, no parameter of it is moved or cast, and the adapter is as it was. Between previews nothing of
+theirs is on the device: texts and autoencoder wait in host memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -74,7 +76,7 @@ class PreviewSpec:
 class PreviewSet:
     """The prompts as rows, one picture to edit, and some that are learned from.
 
-    texts of n, conditioning of n, negative of 1; training: thumbnails, at most 256 px a side.
+    texts of n, conditioning of n, negative of 1, on the host; training: thumbnails, at most 256 px a side.
     """
 
     texts: list[str]
@@ -107,7 +109,7 @@ def preview_set(
     height, width = bucket_for(side, side, side, encoder.model.family.pixels_per_token)
 
     def encoded(*of: str) -> Conditioning:
-        return encoder.conditioning([keys[text] for text in of]).to(encoder.device, torch.float32)
+        return encoder.conditioning([keys[text] for text in of]).to(torch.device("cpu"), torch.float32)
 
     return PreviewSet(
         texts=texts,
@@ -135,6 +137,7 @@ class Preview:
 class Previewer:
     """Draws previews of one run into `folder`, as `drawn` names them; at step 0 it clears what lies there.
 
+    vae: in host memory, where it is put back; device: where pictures are drawn.
     settings: of the first prompt's picture by the run's export, which is what the adapter is at the step `last`;
     at_once: pictures a batch; as many as training has in one, and previews need less memory than a step.
     """
@@ -152,6 +155,10 @@ class Previewer:
 
     def draw(self, transformer: nn.Module, step: int) -> Preview:
         """Sample every row, save the pictures and the grid."""
+        with _brought(self.vae, self.device):
+            return self._draw(transformer, step)
+
+    def _draw(self, transformer: nn.Module, step: int) -> Preview:
         if step == 0:
             forget_steps(self.folder)
         here, edits = step_folder(self.folder, step), self._edits()
@@ -253,11 +260,22 @@ class Previewer:
 
     def _prompted(self, positive: Conditioning) -> Prompted:
         return Prompted(
-            positive=positive,
-            negative=self.scene.negative,
+            positive=positive.to(self.device, torch.float32),
+            negative=self.scene.negative.to(self.device, torch.float32),
             cfg_scale=self.spec.cfg_scale,
             guidance=self.spec.guidance,
         )
+
+
+@contextmanager
+def _brought(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """While active, a module is on the device; then it is where it was, also where the device could not hold it."""
+    home = next(module.parameters()).device
+    try:
+        module.to(device)
+        yield
+    finally:
+        module.to(home)
 
 
 def _middle_hole(picture: Image.Image) -> Image.Image:

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from flux2_lora.conditioning import Conditioning
+from flux2_lora.errors import RunError
 from flux2_lora.families import ModelFamily
 from flux2_lora.flow import mix
 from flux2_lora.latents import Posterior
 from flux2_lora.options import option
 from flux2_lora.samplers import SAMPLERS, OnStep, Velocity, from_strength, guided, schedule
 from flux2_lora.tiles import tiled
+from flux2_lora.training.shortage import cause_of
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -122,12 +124,18 @@ def generate(
 
 
 def split_to_fit(make: Callable[[Sequence[Item]], list[Made]], items: Sequence[Item]) -> list[Made]:
-    """All that `make` makes of `items`: at once where memory suffices, else of halves, down to one by one."""
+    """All that `make` makes of `items`: at once where memory suffices, else of halves, down to one by one.
+
+    RunError where it does not suffice for one.
+    """
     try:
         return make(items)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
         if len(items) == 1:
-            raise
+            raise RunError(
+                f"memory ran out while one picture was drawn ({cause_of(error)})",
+                "draw it smaller (height, width; upscale enlarges it in tiles), or set memory=stream",
+            ) from error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(items) // 2

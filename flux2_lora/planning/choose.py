@@ -2,7 +2,8 @@
 
 Law: every layout of the search is timed by the same schedule and weighed by the same sum, so more memory is never
 slower. With given slots and residents the most plain blocks that fit are the fastest, since each saves its second
-forward; and where no copy is waited for, more residents can only take memory from plain blocks.
+forward; and where no copy is waited for, more residents can only take memory from plain blocks. Inputs of blocks wait
+in host memory only where nothing fits otherwise, or where the user says so.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from flux2_lora.adapters import AdapterSpec
 from flux2_lora.errors import UserError
 from flux2_lora.families import Outline
+from flux2_lora.placement import MEMORY
 from flux2_lora.planning.hardware import Card
 from flux2_lora.planning.memory import (
     Layout,
@@ -23,6 +25,7 @@ from flux2_lora.planning.memory import (
     drawing_bytes,
     frozen_bytes,
     holes,
+    input_bytes,
     peaks_by_plain,
     vram,
 )
@@ -32,7 +35,7 @@ from flux2_lora.quantize import PrecisionSpec
 
 SLOTS = (2, 3, 4)
 _LIBRARIES_BYTES = int(2e9)  # of host memory: Python, PyTorch and what it loads for a card
-_STAGED = 4  # blocks that wait in host memory between disk and card
+_STAGED = 2  # blocks that wait in host memory between disk and card: one is read while one is copied
 _PIXELS_A_TOKEN = 16
 
 
@@ -48,11 +51,13 @@ class Previews:
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What of a layout the user has settled; None is open."""
+    """What of a layout the user has settled; None and auto are open. host, block_inputs: as `MemorySpec` names them."""
 
     resident: int | None = None
     slots: int | None = None
     plain: int | None = None
+    host: str = "auto"
+    block_inputs: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +93,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One way to run. host: where streamed blocks lie, pinned or disk; device: none is streamed.
+    """One way to run. host: where streamed blocks lie, memory or disk; device: none is streamed.
 
     step_s: of an optimizer step; draw_s: of a forward pass over a batch; preview_s: of a round of previews.
     plain_bytes: what one more plain block keeps.
@@ -121,11 +126,16 @@ class Plan:
         return self.layout.plain
 
     @property
+    def inputs_on_host(self) -> bool:
+        return self.layout.inputs_on_host
+
+    @property
     def words(self) -> str:
         """ "planned   streamed: 0 of 57 blocks stay, 24 keep their activations; 7.2 GB, 2.76 s a step"."""
+        inputs = ", inputs of the others wait in host memory" if self.inputs_on_host else ""
         return (
             f"planned   {self.name}: {self.resident_blocks} of {self.blocks} blocks stay, {self.plain_blocks} keep "
-            f"their activations; {self.vram.peak / 1e9:.1f} GB, {self.step_s:.2f} s a step"
+            f"their activations{inputs}; {self.vram.peak / 1e9:.1f} GB, {self.step_s:.2f} s a step"
         )
 
     @property
@@ -158,30 +168,51 @@ def choose(work: Work, card: Card, costs: Costs | None = None) -> Choice:
     if not fitting:
         raise refusal(work, card, found)
     # Sums of seconds differ in their last digits, which is no reason to read a disk.
-    chosen = min(fitting, key=lambda plan: (round(plan.step_s, 4), plan.host == "disk", plan.vram.peak))
+    chosen = min(
+        fitting,
+        key=lambda plan: (plan.inputs_on_host, round(plan.step_s, 4), plan.host == "disk", plan.vram.peak),
+    )
     return Choice(card=card, chosen=chosen, others=tuple(plan for plan in found if plan is not chosen))
 
 
 def plans(work: Work, card: Card, costs: Costs) -> Iterator[Plan]:
     """The best of every kind; of a kind that does not fit, the smallest."""
-    search, given = Search(work=work, card=card, costs=costs), work.given
-    stays = given.resident is not None and given.resident >= search.count
-    if stays or given.resident is None:
-        everything = Layout(resident=search.count)
+    search, wish = Search(work=work, card=card, costs=costs), work.given.block_inputs
+    usual = list(_kinds(search, inputs_on_host=wish == "host" and card.streams))
+    yield from usual
+    if wish == "auto" and not any(plan.fits(card) for plan in usual):
+        yield from _streamed(search, inputs_on_host=True)
+
+
+def _kinds(search: Search, *, inputs_on_host: bool) -> Iterator[Plan]:
+    given, card, everything = (
+        search.work.given,
+        search.card,
+        Layout(resident=search.count, inputs_on_host=inputs_on_host),
+    )
+    if search.stays or given.resident is None:
         most = search.most_plain(everything) if given.plain is None else min(given.plain, search.count)
         if given.plain is None:
             yield search.plan("resident, recomputed", everything, "device")
         if most or given.plain is not None:
             yield search.plan("resident", replace(everything, plain=most or 0), "device")
-    if stays or not card.streams:
+    if given.plain is None and given.host != "disk" and card.streams and not search.stays:
+        yield search.fastest("streamed, recomputed", MEMORY, plain=0, inputs_on_host=inputs_on_host)
+    yield from _streamed(search, inputs_on_host=inputs_on_host)
+    if card.fp8_flops_s is not None and search.work.matmul != "fp8" and given.host != "disk" and not search.stays:
+        faster = replace(search, work=replace(search.work, matmul="fp8"))
+        yield faster.fastest("streamed, fp8 matmul", MEMORY, inputs_on_host=inputs_on_host)
+
+
+def _streamed(search: Search, *, inputs_on_host: bool) -> Iterator[Plan]:
+    """From each place that the user leaves open."""
+    if search.stays or not search.card.streams:
         return
-    if given.plain is None:
-        yield search.fastest("streamed, recomputed", "pinned", plain=0)
-    yield search.fastest("streamed", "pinned")
-    yield search.fastest("streamed off disk", "disk")
-    if card.fp8_flops_s is not None and work.matmul != "fp8":
-        faster = replace(search, work=replace(work, matmul="fp8"))
-        yield faster.fastest("streamed, fp8 matmul", "pinned")
+    inputs = ", inputs on host" if inputs_on_host else ""
+    if search.work.given.host != "disk":
+        yield search.fastest(f"streamed{inputs}", MEMORY, inputs_on_host=inputs_on_host)
+    if search.work.given.host in ("auto", "disk"):
+        yield search.fastest(f"streamed off disk{inputs}", "disk", inputs_on_host=inputs_on_host)
 
 
 def drawing_plan(work: Work, card: Card, costs: Costs) -> tuple[Layout, float]:
@@ -200,7 +231,7 @@ def drawing_plan(work: Work, card: Card, costs: Costs) -> tuple[Layout, float]:
             f"{card.vram_bytes / 1e9:.1f} GB to give",
             "close other programs, choose precision=nf4 or a smaller model, or device=cpu",
         )
-    timed = [(search.draw_s(one, "pinned"), place) for place, one in enumerate(fitting)]
+    timed = [(search.draw_s(one, MEMORY), place) for place, one in enumerate(fitting)]
     best, place = min(timed)
     return fitting[place], best
 
@@ -225,7 +256,9 @@ class Search:
         batches = -(-preview.pictures // work.batch_size)
         preview_s = batches * preview.steps * preview.passes * draw_s
         rounds = 1 + -(-work.max_steps // preview.every) if preview.every else 0  # at step 0, and at the last one
-        step_s = micro_s * work.grad_accumulation
+        # Each graph is a forward and a backward; to preserve is also to ask the base, without a graph.
+        graphs = work.learning.graphs
+        step_s = work.grad_accumulation * (graphs * micro_s + (graphs - 1) * draw_s)
         memory = vram(costs, layout, work.learning, self.card.context_bytes)
         return Plan(
             name=name,
@@ -243,36 +276,52 @@ class Search:
             blocks=self.count,
         )
 
-    def fastest(self, name: str, host: str, plain: int | None = None) -> Plan:
+    def fastest(self, name: str, host: str, plain: int | None = None, *, inputs_on_host: bool = False) -> Plan:
         """The best over slots and residents that are open, with as many plain blocks as fit or as said."""
         given, plain = self.work.given, self.work.given.plain if plain is None else plain
         all_slots = SLOTS if given.slots is None else (given.slots,)
         plain = None if plain is None else min(plain, self.count)
-        least = Layout(slots=all_slots[0], resident=given.resident or 0, plain=plain or 0)
+        least = Layout(
+            slots=all_slots[0], resident=given.resident or 0, plain=plain or 0, inputs_on_host=inputs_on_host
+        )
         best = (float("inf"), least)
         for slots in all_slots:
             residents = range(max(self.count - slots, 1)) if given.resident is None else (given.resident,)
             for resident in residents:
-                layout = Layout(slots=slots, resident=resident)
-                most = self.most_plain(layout)
-                if most is None:
+                layout = replace(least, slots=slots, resident=resident)
+                fitting = self.fitting_plain(layout)
+                if not fitting or (plain is not None and plain not in fitting):
                     break
-                layout = replace(layout, plain=most if plain is None else plain)
+                layout = replace(layout, plain=max(fitting) if plain is None else plain)
                 if best[0] <= self.step_s(replace(layout, slots=0), host):  # faster than without any copy from here on
                     break
                 best = min(best, (self.step_s(layout, host), layout), key=lambda one: one[0])
         return self.plan(name, best[1], host)
 
     def most_plain(self, layout: Layout) -> int | None:
-        """Plain blocks that fit beside what never changes; None where not even a step without any does."""
+        """The most plain blocks that fit; None where not even a step without any does."""
+        return max(self.fitting_plain(layout), default=None)
+
+    def fitting_plain(self, layout: Layout) -> list[int]:
+        """Numbers of plain blocks that fit beside what never changes."""
         learning = int((4 + self.work.learning.state_bytes) * sum(self.costs.adapted))
         fixed = self.card.context_bytes + sum(frozen_bytes(self.costs, layout)) + learning + holes(self.costs)
         room = self.card.vram_bytes - fixed
-        return max((plain for plain, peak in enumerate(self._peaks) if peak <= room), default=None)
+        peaks = self._peaks_with_inputs_on_host if layout.inputs_on_host else self._peaks
+        return [plain for plain, peak in enumerate(peaks) if peak <= room]
+
+    @property
+    def stays(self) -> bool:
+        """Whether the user wants all blocks on the card."""
+        return self.work.given.resident is not None and self.work.given.resident >= self.count
 
     @cached_property
     def _peaks(self) -> Sequence[int]:
-        return peaks_by_plain(self.costs)
+        return peaks_by_plain(self.costs, Layout(), self.work.learning)
+
+    @cached_property
+    def _peaks_with_inputs_on_host(self) -> Sequence[int]:
+        return peaks_by_plain(self.costs, Layout(inputs_on_host=True), self.work.learning)
 
     def step_s(self, layout: Layout, host: str) -> float:
         """Seconds of forward and backward of one batch."""
@@ -290,11 +339,13 @@ class Search:
 
     def _times(self, layout: Layout, host: str) -> list[BlockTimes]:
         rate = min(self.card.copy_bytes_s, self.card.disk_bytes_s) if host == "disk" else self.card.copy_bytes_s
+        inputs = self.work.learning.graphs if layout.inputs_on_host else 0
         times = {
             (kind, plain): BlockTimes(
                 forward_s=self._seconds(block.forward),
                 backward_s=self._seconds(block.backward) + (0 if plain else self._seconds(block.kept)),
-                copy_s=block.frozen_bytes / rate,
+                copy_s=block.frozen_bytes / rate
+                + (0 if plain else inputs * block.forward.net / self.card.copy_bytes_s),
             )
             for kind, block in self.costs.blocks.items()
             for plain in (True, False)
@@ -311,7 +362,8 @@ class Search:
         streamed = sum(block.frozen_bytes for block in map(self.costs.block, range(self.count)))
         streamed -= frozen_bytes(self.costs, layout)[2]
         staged = _STAGED * max(block.frozen_bytes for block in self.costs.blocks.values())
-        return _LIBRARIES_BYTES + {"device": 0, "disk": staged, "pinned": streamed}[host]
+        inputs = self.work.learning.graphs * input_bytes(self.costs, layout)
+        return _LIBRARIES_BYTES + inputs + {"device": 0, "disk": staged, MEMORY: streamed}[host]
 
     def _disk_bytes(self, host: str) -> int:
         """The model as released, five checkpoints, and where blocks are streamed from disk, the file of them."""
@@ -331,9 +383,10 @@ def refusal(work: Work, card: Card, found: Sequence[Plan]) -> UserError:
     if short:
         host = min(plan.host_bytes for plan in short)
         what = f"blocks that do not stay on {card.name} need {host / 1e9:.1f} GB of host memory, "
-        return UserError(
-            f"{what}and there are {card.host_bytes / 1e9:.1f} GB", "close other programs, or memory.host=disk"
-        )
+        ways = ["close other programs"]
+        ways += ["memory.host=disk"] if work.given.host not in ("auto", "disk") else []
+        ways += ["memory.block_inputs=device"] if work.given.block_inputs == "host" else []
+        return UserError(f"{what}and there are {card.host_bytes / 1e9:.1f} GB", f"{', or '.join(ways)}")
     changes = list(_changes(work))
     for words, name, value in changes:
         if _fits_somehow(replace(work, **{name: value}), card):
@@ -349,6 +402,12 @@ def refusal(work: Work, card: Card, found: Sequence[Plan]) -> UserError:
 
 def _changes(work: Work) -> Iterator[tuple[str, str, Any]]:
     """(as the user would write it, field, value) of changes that cut memory, those that cost least first."""
+    given = work.given
+    if given.plain is not None or given.resident is not None or given.block_inputs == "device":
+        settled = {"plain_blocks": given.plain, "resident_blocks": given.resident}
+        words = [f"memory.{name}=null" for name, value in settled.items() if value is not None]
+        words += ["memory.block_inputs=auto"] if given.block_inputs == "device" else []
+        yield " ".join(words), "given", Given(slots=given.slots, host=given.host)
     if work.batch_size > 1:
         yield "batch_size=1", "batch_size", 1
     for side in (768, 512, 256):
@@ -361,11 +420,15 @@ def _changes(work: Work) -> Iterator[tuple[str, str, Any]]:
 
 
 def _fits_somehow(work: Work, card: Card) -> bool:
-    """Whether the layout that holds least fits."""
-    search = Search(work=work, card=card, costs=work.costs(card))
-    if card.streams:
-        return search.plan("", Layout(slots=SLOTS[0]), "disk").fits(card)
-    return search.plan("", Layout(resident=search.count), "device").fits(card)
+    """Whether the layout that holds least fits, of those that the user leaves open."""
+    search, given = Search(work=work, card=card, costs=work.costs(card)), work.given
+    plain, on_host = min(given.plain or 0, search.count), given.block_inputs != "device"
+    if not card.streams or search.stays:
+        on_host = card.streams and given.block_inputs == "host"
+        return search.plan("", Layout(resident=search.count, plain=plain, inputs_on_host=on_host), "device").fits(card)
+    layout = Layout(slots=given.slots or SLOTS[0], resident=given.resident or 0, plain=plain)
+    host = "disk" if given.host in ("auto", "disk") else MEMORY
+    return any(search.plan("", replace(layout, inputs_on_host=on), host).fits(card) for on in {on_host, False})
 
 
 def correct(plan: Plan, card: Card, *, step_s: float, peak_bytes: int) -> list[str]:
@@ -375,6 +438,7 @@ def correct(plan: Plan, card: Card, *, step_s: float, peak_bytes: int) -> list[s
     """
     lines = []
     ratio, usable = step_s / plan.step_s, card.vram_bytes - plan.vram.context
+    free = usable - plan.vram.holes - peak_bytes
     if not 0.9 <= ratio <= 1.1:
         hours = plan.run_s * ratio / 3600
         lines.append(
@@ -388,9 +452,7 @@ def correct(plan: Plan, card: Card, *, step_s: float, peak_bytes: int) -> list[s
             f"{peak_bytes / 1e9:.1f} GB are held where {usable / 1e9:.1f} GB fit: the driver moves the rest to shared "
             f"memory, many times slower; set {option}"
         )
-    elif plan.checkpointing and usable - peak_bytes > plan.plain_bytes:
-        more = min((usable - peak_bytes) // plan.plain_bytes, plan.blocks - plan.plain_blocks)
-        lines.append(
-            f"{(usable - peak_bytes) / 1e9:.1f} GB stay free; memory.plain_blocks={plan.plain_blocks + more} uses them"
-        )
+    elif plan.checkpointing and free > plan.plain_bytes:
+        more = min(free // plan.plain_bytes, plan.blocks - plan.plain_blocks)
+        lines.append(f"{free / 1e9:.1f} GB stay free; memory.plain_blocks={plan.plain_blocks + more} uses them")
     return lines

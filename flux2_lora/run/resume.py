@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "memory.resident_blocks",
     "memory.slots",
     "memory.plain_blocks",
+    "memory.block_inputs",
     "memory.host",
     "memory.folder",
 )

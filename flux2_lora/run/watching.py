@@ -43,7 +43,7 @@ def _previewer(config: RunOptions, data: Data, device: torch.device) -> Previewe
     size, export = (data.scene.height_px, data.scene.width_px), str(config.exported.resolve())
     return Previewer(
         family=data.model.family,
-        vae=data.model.load_vae(device),
+        vae=data.model.load_vae(torch.device("cpu")),  # brought to the device for the picture only
         spec=config.preview,
         scene=data.scene,
         folder=config.folder / "previews",

@@ -31,7 +31,8 @@ class Demand:
     """What a step holds. tokens: of one picture and of its text; width_bytes: a token's, at the model's width.
 
     adapter_bytes: parameters and gradients, for moments depend on the optimizer. resident_bytes: of frozen blocks on
-    the device, beyond what two slots take.
+    the device, beyond what two slots take. inputs_on_host: of recomputed blocks; None where the host's memory is the
+    device's.
     """
 
     batch_size: int
@@ -42,12 +43,15 @@ class Demand:
     plain_blocks: int
     resident_bytes: int
     adapter_bytes: int
+    inputs_on_host: bool | None = None
 
     @property
     def activation_bytes(self) -> int:
         """What forward leaves for backward, and what one block needs there."""
         unit = self.batch_size * (self.picture_tokens + self.text_tokens) * self.width_bytes
-        return unit * (self.blocks - self.plain_blocks + _PLAIN * self.plain_blocks + _WORKING)
+        recomputed = self.blocks - self.plain_blocks
+        inputs = min(recomputed, 2) if self.inputs_on_host else recomputed
+        return unit * (inputs + _PLAIN * self.plain_blocks + _WORKING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,7 @@ def demand_of(
         plain_blocks=len(memory.plain(blocks, device, choice)),
         resident_bytes=max(precision.bytes_of(stored * (stay - 2) // blocks), 0),
         adapter_bytes=sum(8 * rank * sum(shapes[f"{module}.weight"]) for module, rank in ranks.items()),
+        inputs_on_host=memory.inputs_leave(device, choice) if device.type == "cuda" else None,
     )
 
 
@@ -103,6 +108,8 @@ def knobs(demand: Demand, *, resolution: int, rank: int) -> list[Knob]:
         _activations(f"dataset.resolution={side}", demand, replace(demand, picture_tokens=fewer)),
         Knob(option=f"adapter.rank={max(rank // 2, 1)}", freed_bytes=demand.adapter_bytes // 2 if rank > 1 else 0),
     ]
+    if demand.inputs_on_host is False:
+        found.append(_activations("memory.block_inputs=host", demand, replace(demand, inputs_on_host=True)))
     return sorted((knob for knob in found if knob.freed_bytes > 0), key=lambda knob: -knob.freed_bytes)
 
 

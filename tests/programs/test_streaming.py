@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from flux2_lora.inference.previews import Previewer
+from flux2_lora.offload import AtOnce, Offload
 from flux2_lora.training import step
+from flux2_lora.training.memory import MemorySpec
 from tests.conftest import Command
 from tests.programs.conftest import SHORT
 
@@ -23,7 +25,17 @@ def numbers_of(run: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key not in ("step_s", "peak_bytes", "time")} for row in rows]
 
 
-def test_a_streamed_run_leaves_the_bytes_of_a_resident_one(trained: Path, command: Command) -> None:
+def test_a_streamed_run_leaves_the_bytes_of_a_resident_one(
+    trained: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the inputs of its recomputed blocks are copied away and back, as they are for a card."""
+    asked: list[int] = []
+
+    def allocate(size: int) -> torch.Tensor:
+        asked.append(size)
+        return torch.empty(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(MemorySpec, "offload", lambda *_: Offload(AtOnce(), allocate, least=0))
     options = (*SHORT, "preview.every=4", "preview.steps=2", "name=short", *STREAMED, "memory.host=disk")
     outcome = command("train", *options)
     assert outcome.code == 0, outcome.err
@@ -32,6 +44,7 @@ def test_a_streamed_run_leaves_the_bytes_of_a_resident_one(trained: Path, comman
     for name in ("checkpoints/step-000004/adapter.safetensors", "previews/step-000004/0000.png"):
         assert (run / name).read_bytes() == (trained / name).read_bytes(), name
     assert numbers_of(run) == numbers_of(trained)
+    assert asked
 
 
 @pytest.mark.parametrize("merged", ["true", "false"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,18 @@ def test_an_interrupted_program_says_that_it_goes_on(
         cli.main(["prepare"])
     assert stopped.value.code == 130
     assert "the same command goes on from there" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has expandable segments on Linux")
+@pytest.mark.parametrize("given", [None, "backend:native"])
+def test_a_program_starts_with_expandable_segments_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given or "")
+    if given is None:
+        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    found: list[str] = []
+    monkeypatch.setattr(cli.runpy, "run_path", lambda *_, **__: found.append(os.environ["PYTORCH_CUDA_ALLOC_CONF"]))
+    monkeypatch.setattr(sys, "argv", [])
+    assert cli.main(["plan"]) == 0
+    assert found == [given or "expandable_segments:True"]

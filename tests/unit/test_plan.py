@@ -312,7 +312,71 @@ def test_what_the_user_settled_and_does_not_fit_is_refused() -> None:
 
 
 def test_blocks_that_host_memory_cannot_hold_are_said_to_be_the_cause() -> None:
+    work, costs = work_of("flux2_klein_base_9b", 512), costs_of("flux2_klein_base_9b", 512)
+    for host, remedy in (("auto", "close other programs"), ("pinned", "close other programs, or memory.host=disk")):
+        with pytest.raises(UserError, match="GB of host memory") as error:
+            choose(replace(work, given=Given(host=host)), card("rtx4060_8gb", host_gb=1.0), costs)
+        assert error.value.remedy == remedy
+
+
+def test_a_plan_streams_from_where_the_user_says() -> None:
+    work, costs = work_of("flux2_klein_base_4b", 1024), costs_of("flux2_klein_base_4b", 1024)
+    small, few = card("rtx4060_8gb", host_gb=5), card("rtx4060_8gb")
+    for on, host, expected in (
+        (few, "disk", "disk"),
+        (few, "staged", "memory"),
+        (few, "auto", "memory"),
+        (small, "auto", "disk"),
+    ):
+        assert choose(replace(work, given=Given(host=host)), on, costs).chosen.host == expected
     with pytest.raises(UserError, match="GB of host memory"):
-        choose(
-            work_of("flux2_klein_base_9b", 512), card("rtx4060_8gb", host_gb=1.0), costs_of("flux2_klein_base_9b", 512)
-        )
+        choose(replace(work, given=Given(host="pinned", resident=0)), small, costs)
+
+
+def test_flux2_dev_trains_at_1024_px_on_9_gb_with_inputs_in_host_memory_and_not_without() -> None:
+    """On 9 GB of which nobody else holds any, with a context of 0.45 GB; the chosen plan says what the host holds."""
+    work, costs = work_of("flux2_dev", 1024, learning=ADAM8), costs_of("flux2_dev", 1024)
+    here = card("rtx3060_12gb", vram_gb=9, reserved_gb=0, host_gb=64)
+    plan = choose(work, here, costs).chosen
+    assert plan.inputs_on_host
+    assert plan.vram.peak < 9e9
+    inputs = costs.blocks["transformer_blocks"].forward.net * (plan.blocks - plan.plain_blocks)
+    assert plan.host_bytes == pytest.approx(2e9 + inputs + sum(costs.block(i).frozen_bytes for i in range(56)))
+    with pytest.raises(UserError) as error:
+        choose(replace(work, given=Given(block_inputs="device")), here, costs)
+    assert error.value.remedy == "memory.block_inputs=auto fits"
+    assert not choose(work, card("rtx3060_12gb", host_gb=64), costs).chosen.inputs_on_host
+
+
+def test_residents_are_as_many_as_fit_beside_the_plain_blocks_that_were_asked_for() -> None:
+    """Where copies are waited for, more residents are faster, and five plain blocks leave room for some."""
+    costs = costs_of("flux2_klein_base_9b", 512)
+    work = replace(work_of("flux2_klein_base_9b", 512, learning=ADAM8), given=Given(plain=5))
+    plan = choose(work, card("rtx4090_24gb", vram_gb=8), costs).chosen
+    assert plan.plain_blocks == 5
+    assert plan.resident_blocks > 0
+
+
+def test_what_the_user_settled_is_named_where_it_is_what_does_not_fit() -> None:
+    costs = costs_of("flux2_klein_base_9b", 1024)
+    work = replace(work_of("flux2_klein_base_9b", 1024), given=Given(plain=20))
+    with pytest.raises(UserError) as error:
+        choose(work, card("rtx4060_8gb"), costs)
+    assert error.value.remedy == "memory.plain_blocks=null fits"
+
+
+def test_a_class_that_is_preserved_takes_two_graphs_and_three_passes() -> None:
+    work, costs = work_of("flux2_klein_base_4b", 512), costs_of("flux2_klein_base_4b", 512)
+    given = Given(resident=0, slots=2, plain=0)
+    one, two = (
+        choose(replace(work, given=given, learning=Learning(graphs=graphs)), card("rtx4060_8gb"), costs).chosen
+        for graphs in (1, 2)
+    )
+    assert two.step_s == pytest.approx(2 * one.step_s + one.draw_s)
+    assert two.vram.activations > 1.9 * one.vram.activations
+
+
+def test_holes_that_a_plan_has_set_aside_are_not_offered_to_plain_blocks() -> None:
+    plan, here = chosen("flux1_dev", 512, "rtx4060_8gb"), card("rtx4060_8gb")
+    usable = here.vram_bytes - plan.vram.context
+    assert correct(plan, here, step_s=plan.step_s, peak_bytes=usable - plan.vram.holes - plan.plain_bytes) == []

@@ -12,7 +12,7 @@ from flux2_lora.errors import UserError
 from flux2_lora.families import Outline, load_family
 from flux2_lora.planning import sketch
 from flux2_lora.planning.choose import choose
-from flux2_lora.planning.memory import Layout, Learning, moments, peaks_by_plain, vram
+from flux2_lora.planning.memory import Layout, Learning, input_bytes, moments, peaks_by_plain, vram
 from flux2_lora.planning.sketch import DOUBLE, SINGLE, Costs, Pass, measure
 from flux2_lora.quantize import PrecisionSpec
 from tests.allocator import Arena, replayed
@@ -32,7 +32,13 @@ def test_the_planned_peak_is_what_a_replayed_allocator_holds_within_three_percen
     """In tensors, holes aside; what it reserves with them is at most a tenth above what is planned with them."""
     costs = costs_of(model, px)
     count = len(costs.kinds)
-    for layout in (Layout(slots=2), Layout(slots=2, plain=count // 2), Layout(slots=3, resident=5, plain=3)):
+    for layout in (
+        Layout(slots=2),
+        Layout(slots=2, plain=count // 2),
+        Layout(slots=3, resident=5, plain=3),
+        Layout(slots=2, inputs_on_host=True),
+        Layout(slots=2, plain=3, inputs_on_host=True),
+    ):
         planned, arena = vram(costs, layout, ADAM8, 0), replayed(costs, layout, ADAM8)
         assert arena.most == pytest.approx(planned.peak - planned.holes, rel=0.03), layout
         assert arena.most < arena.reserved < 1.1 * planned.peak, layout
@@ -86,7 +92,7 @@ def test_composed_blocks_hold_what_a_whole_model_holds(monkeypatch: pytest.Monke
     costs = measure(
         whole, AdapterSpec(), PrecisionSpec(), dtype=torch.bfloat16, height=16, width=16, text_tokens=64, batch=1
     )
-    assert max(moment.total for moment in moments(costs, 0)) == pytest.approx(most, rel=0.03)
+    assert max(moment.total for moment in moments(costs, Layout())) == pytest.approx(most, rel=0.03)
 
 
 @pytest.mark.parametrize(("model", "least", "most"), [("flux1_dev", 20, 21), ("flux2_klein_base_9b", 24, 26)])
@@ -134,6 +140,39 @@ def test_parts_add_up_and_each_follows_its_own_cause() -> None:
     assert whole.slots == 0
     heavier = vram(costs, Layout(slots=2), replace(ADAM8, state_bytes=8), 10)
     assert heavier.adapter - base.adapter == pytest.approx(5.9 * sum(costs.adapted))
+
+
+def test_inputs_in_host_memory_leave_a_few_on_the_device() -> None:
+    costs = costs_of("flux2_klein_base_4b", 512)
+    count, size = len(costs.kinds), token_bytes("flux2_klein_base_4b", 512)
+    here, there = (moments(costs, Layout(inputs_on_host=away)) for away in (False, True))
+    lower = [one.activations - other.activations for one, other in zip(here, there, strict=True)]
+    assert lower[0] == 0
+    assert lower[count] == (count - 2) * size  # the last output, and the last input
+    assert lower[count + 2] == (count - 4) * size  # and two that came back
+    assert input_bytes(costs, Layout(inputs_on_host=True, plain=4)) == (count - 4) * size
+    assert input_bytes(costs, Layout(plain=4)) == 0
+
+
+def test_flux2_dev_trains_at_1024_px_in_9_gb_and_flux1_dev_in_4_and_a_half() -> None:
+    for model, most in (("flux2_dev", 9e9), ("flux1_dev", 4.5e9)):
+        assert vram(costs_of(model, 1024), Layout(slots=2, inputs_on_host=True), ADAM8, int(0.45e9)).peak < most
+
+
+def test_gradients_of_earlier_batches_are_there_from_the_start() -> None:
+    costs, size = costs_of("flux2_klein_base_4b", 512), 4 * sum(costs_of("flux2_klein_base_4b", 512).adapted)
+    once, again = (list(moments(costs, Layout(), Learning(accumulates=one))) for one in (False, True))
+    assert {moment.gradients for moment in again} == {size}
+    assert [moment.activations for moment in again] == [moment.activations for moment in once]
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(plain=9), Layout(inputs_on_host=True, plain=9)])
+def test_two_graphs_are_there_when_the_backward_of_one_begins(layout: Layout) -> None:
+    costs = costs_of("flux2_klein_base_4b", 512)
+    one, two = (list(moments(costs, layout, Learning(graphs=graphs))) for graphs in (1, 2))
+    turn = len(costs.kinds) + 1
+    assert two[turn].activations == 2 * one[turn].activations
+    assert [moment.activations for moment in two[len(one) - 1 :]] == [moment.activations for moment in one]
 
 
 def test_residents_are_spread_evenly() -> None:

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from flux2_lora.errors import UserError
+from flux2_lora.errors import RunError, UserError
 from flux2_lora.families import Model
 from flux2_lora.inference import memory
 from flux2_lora.inference.memory import most_at_once, needed_bytes
@@ -35,8 +35,9 @@ def test_one_that_does_not_fit_is_said() -> None:
     def make(_items: Sequence[int]) -> list[int]:
         raise torch.OutOfMemoryError
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RunError, match="memory ran out while one picture was drawn") as told:
         split_to_fit(make, range(3))
+    assert "memory=stream" in told.value.remedy
 
 
 def test_as_many_are_drawn_at_once_as_fit(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

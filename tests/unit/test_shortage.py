@@ -41,6 +41,13 @@ def test_options_are_named_with_what_they_free_the_most_first() -> None:
     )
 
 
+@pytest.mark.parametrize("there", [True, False, None])
+def test_inputs_of_blocks_can_leave_where_they_lie_on_a_card(there: bool | None) -> None:  # noqa: FBT001
+    found = knobs(replace(DEMAND, inputs_on_host=there), resolution=512, rank=16)
+    freed = {knob.option: knob.freed_bytes for knob in found if knob.option.startswith("memory.block_inputs")}
+    assert freed == ({"memory.block_inputs=host": (47 - 2) * 4 * 1536 * 6144} if there is False else {})
+
+
 def test_an_option_that_frees_nothing_is_not_named() -> None:
     small = replace(DEMAND, batch_size=1, plain_blocks=0, resident_bytes=0)
     assert {knob.option.partition("=")[0] for knob in knobs(small, resolution=512, rank=1)} == {"dataset.resolution"}

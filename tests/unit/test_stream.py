@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,14 +18,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux2_lora import stream
+from flux2_lora import host, stream
 from flux2_lora.adapters import AdapterSpec, Lora, LoraWeights, attach, attach_loras, lora_layers, merge_loras
 from flux2_lora.conditioning import Conditioning
 from flux2_lora.copiers import AtOnce, Copier
+from flux2_lora.errors import RunError
 from flux2_lora.families import Model, load_family
 from flux2_lora.files import FileDigests
-from flux2_lora.host import Host, InMemory, pack
-from flux2_lora.networks.transformers import blocks_in
+from flux2_lora.host import Host, InMemory, Packed, pack
+from flux2_lora.networks.transformers import block_linears, blocks_in
 from flux2_lora.placement import Placement, streamer_on
 from flux2_lora.quantize import FrozenLinear, PrecisionSpec, load_frozen
 from flux2_lora.stream import Phase, Streamer, attach_streamer, spread, streamer_of, use_order
@@ -311,6 +315,16 @@ def test_each_copy_is_waited_for_once_and_each_use_follows_the_wait(case: Case, 
     assert uses == 5 * BLOCKS
 
 
+def test_blocks_that_were_recomputed_are_not_where_all_are_plain_later(case: Case) -> None:
+    transformer, ran = case.adapted(), []
+    next(iter(blocks_in(transformer).values())).register_forward_pre_hook(lambda *_: ran.append(1))
+    for plain, runs in (((), 2), (range(BLOCKS), 1)):
+        ran.clear()
+        recompute_blocks(transformer, plain)
+        case.step(transformer)
+        assert len(ran) == runs
+
+
 def test_without_kept_a_block_that_keeps_its_activations_is_refused_by_autograd(case: Case) -> None:
     transformer = case.adapted()
     stream_blocks(transformer, slots=2)
@@ -436,6 +450,27 @@ def test_what_is_merged_on_disk_leaves_the_shared_file_as_it_is(tiny_model: Mode
     assert [file.read_bytes() for file in tmp_path.glob("*/blocks.bin")] == before
 
 
+def test_a_file_of_blocks_is_made_with_one_block_in_memory(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = weakref.WeakSet[FrozenLinear]()
+    most, made = 0, host.pack
+
+    def packed(block: nn.Module) -> Packed:
+        nonlocal most
+        alive.update(module for module in block.modules() if isinstance(module, FrozenLinear))
+        most = max(most, len(alive))
+        return made(block)
+
+    monkeypatch.setattr(host, "pack", packed)
+    load_frozen(tiny_model, PrecisionSpec(), CPU, placed(tmp_path, "disk"))
+    of_a_block = [
+        sum(".0." in path for path in block_linears(tiny_model.empty_transformer()) if path.startswith(kind))
+        for kind in ("transformer_blocks", "single_transformer_blocks")
+    ]
+    assert most == max(of_a_block)
+
+
 def test_a_file_of_blocks_that_was_not_finished_is_made_again(tiny_model: Model, tmp_path: Path) -> None:
     load_frozen(tiny_model, PrecisionSpec(), CPU, placed(tmp_path, "disk"))
     place = next(tmp_path.glob("*/blocks.bin")).parent
@@ -444,6 +479,43 @@ def test_a_file_of_blocks_that_was_not_finished_is_made_again(tiny_model: Model,
     (tmp_path / f".{place.name}.part" / "blocks.bin").write_bytes(b"half")
     load_frozen(tiny_model, PrecisionSpec(), CPU, placed(tmp_path, "disk"))
     assert (place / "blocks.bin").read_bytes() == whole
+
+
+def cut_in_half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("name", ["blocks.bin", "scales.safetensors"])
+@pytest.mark.parametrize("harm", [Path.unlink, cut_in_half])
+def test_a_file_of_blocks_that_was_harmed_is_made_again(
+    tiny_model: Model, tmp_path: Path, name: str, harm: Callable[[Path], None]
+) -> None:
+    load_frozen(tiny_model, PrecisionSpec(), CPU, placed(tmp_path, "disk"))
+    (file,) = tmp_path.glob(f"*/{name}")
+    whole = file.read_bytes()
+    harm(file)
+    load_frozen(tiny_model, PrecisionSpec(), CPU, placed(tmp_path, "disk"))
+    assert file.read_bytes() == whole
+
+
+def test_a_file_of_blocks_that_fails_while_it_is_read_is_told(tiny_model: Model, tmp_path: Path) -> None:
+    transformer = load_frozen(tiny_model, PrecisionSpec(), CPU, placed(tmp_path, "disk"))
+    (file,) = tmp_path.glob("*/blocks.bin")
+    os.truncate(file, 4096)
+    with pytest.raises(RunError, match=r"memory.host=disk: .*blocks.bin cannot be read .*ends before its last block"):
+        said(transformer)
+
+
+def test_a_disk_that_is_full_keeps_nothing_of_the_file(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("flux2_lora.host._write_at", full)
+    with pytest.raises(RunError, match="the disk is full"):
+        load_frozen(tiny_model, PrecisionSpec(), CPU, placed(tmp_path, "disk"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_dir()]
 
 
 def test_weights_begin_at_multiples_of_256_and_overlap_nowhere(case: Case) -> None:
@@ -491,7 +563,7 @@ def test_blocks_are_spread_evenly(blocks: int) -> None:
 
 def test_memory_options_come_before_a_choice_and_a_choice_before_what_is_usual() -> None:
     class Chosen:
-        resident_blocks, slots, plain_blocks = 3, 4, 1
+        resident_blocks, slots, plain_blocks, inputs_on_host, host = 3, 4, 1, False, "memory"
 
     cuda = torch.device("cuda")
     assert MemorySpec().placement(6) is None
@@ -502,6 +574,10 @@ def test_memory_options_come_before_a_choice_and_a_choice_before_what_is_usual()
     given = MemorySpec(resident_blocks=1, slots=2, plain_blocks=0).placement(6, Chosen())
     assert given is not None
     assert (len(given.resident), given.slots) == (1, 2)
+    assert (chosen.host, given.host) == ("memory", "memory")
+    asked = MemorySpec(host="disk").placement(6, Chosen())
+    assert asked is not None
+    assert asked.host == "disk"
     assert MemorySpec(resident_blocks=1000).placement(6, Chosen()) is None
 
 
@@ -515,38 +591,11 @@ def test_auto_takes_the_disk_where_host_memory_does_not_hold_the_blocks(
     assert auto.host_for(8_000, torch.device("cuda")) == "pinned"
 
 
-class _Stream:
-    """Stands for a stream of a device that does everything as soon as it is told; notes what it was told."""
-
-    said: list[str]
-
-    def __init__(self, *_: object) -> None: ...
-
-    def wait_stream(self, _: object) -> None:
-        _Stream.said.append("after what was given")
-
-    def wait_event(self, _: object) -> None:
-        _Stream.said.append("after an event")
-
-
-class _Event:
-    def record(self, _: object) -> None:
-        _Stream.said.append("event")
-
-    def synchronize(self) -> None:
-        """Nothing runs behind the host's back here."""
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """CUDA's calls, as far as copiers make them."""
-    from contextlib import nullcontext
-
-    _Stream.said = []
-    for name, double in (("Stream", _Stream), ("Event", _Event), ("stream", lambda _: nullcontext())):
-        monkeypatch.setattr(torch.cuda, name, double)
-    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
-    return _Stream.said
+def test_a_plan_that_counted_on_memory_gets_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flux2_lora.placement.host_bytes", lambda: 10_000)
+    planned = placed(tmp_path, "memory")
+    assert planned.host_for(9_000, CPU) == "staged"
+    assert planned.host_for(9_000, torch.device("cuda")) == "pinned"
 
 
 def test_a_copy_on_a_stream_begins_after_what_was_given_and_is_waited_for_by_its_event(
@@ -559,7 +608,7 @@ def test_a_copy_on_a_stream_begins_after_what_was_given_and_is_waited_for_by_its
     stream_blocks(transformer, slots=2, copier=OnStream)
     recompute_blocks(transformer, spread(2, BLOCKS))
     assert torch.equal(case.lived(transformer), expected)
-    assert device[:2] == ["after what was given", "event"]
+    assert device[:4] == ["slot", "slot", "after what was given", "event"]
     assert device.count("event") >= device.count("after an event") > 0
 
 
@@ -589,6 +638,43 @@ def test_a_disk_that_fails_in_the_copying_thread_is_raised_where_the_block_is_ne
     copier.submit(0, 0)
     with pytest.raises(OSError, match="the disk is gone"):
         copier.wait(0)
+
+
+class Unsteady(Adversary):
+    """Fails once where it is told to, before or after it has ruined the slot."""
+
+    failing = ""
+
+    def fail(self, where: str) -> None:
+        if self.failing == where:
+            self.failing = ""
+            raise OSError("the disk was gone for a moment")
+
+    def submit(self, slot: int, block: int) -> None:
+        self.slots[slot].fill_(0x7F)
+        self.fail("submit")
+        super().submit(slot, block)
+
+    def wait(self, slot: int) -> None:
+        if self.failing == "wait":
+            self.pending.pop(slot, None)  # what failed is not tried again by itself
+        self.fail("wait")
+        super().wait(slot)
+
+
+@pytest.mark.parametrize("failing", ["submit", "wait"])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_run_goes_on_after_a_copy_that_failed_in_a_preview(case: Case, slots: int, failing: str) -> None:
+    expected = case.lived(case.adapted())
+    transformer = case.adapted()
+    copier = stream_blocks(transformer, slots=slots, copier=Unsteady)
+    recompute_blocks(transformer, spread(2, BLOCKS))
+    with torch.no_grad():
+        case.velocity(transformer)
+        copier.failing = failing
+        with pytest.raises(OSError, match="for a moment"):
+            case.velocity(transformer)
+    assert torch.equal(case.lived(transformer), expected)
 
 
 def test_a_device_without_streams_gets_its_blocks_at_once(case: Case) -> None:
