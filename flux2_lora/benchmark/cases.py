@@ -16,11 +16,15 @@ SMALL = {"num_layers": 1, "num_single_layers": 3, "num_attention_heads": 2, "joi
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model by its family and its geometry, in Diffusers' words; page: of configs/model, for its plan."""
+    """A model by its family and its geometry, in Diffusers' words; page: of configs/model, for its plan.
+
+    block_inputs: where the inputs of recomputed blocks wait, as in the plan that the model is held to.
+    """
 
     family: str
     page: str
     geometry: Mapping[str, Any]
+    block_inputs: str = "device"
 
     def small(self) -> Shape:
         return replace(self, geometry={**self.geometry, **SMALL})
@@ -34,7 +38,7 @@ def shape(family: str, page: str, layers: int, singles: int, heads: int, text: i
 MODELS = {
     "flux1": shape("flux1", "flux1_dev", 19, 38, 24, 4096, guidance=True),
     "klein_9b": shape("flux2_klein", "flux2_klein_base_9b", 8, 24, 32, 12288, guidance=False),
-    "dev_32b": shape("flux2_dev", "flux2_dev", 8, 48, 48, 15360, guidance=True),
+    "dev_32b": replace(shape("flux2_dev", "flux2_dev", 8, 48, 48, 15360, guidance=True), block_inputs="host"),
 }
 
 

@@ -93,7 +93,7 @@ def build(model: Shape, setting: Answer, device: torch.device) -> Trained:
         text=16 if setting["small"] else 512,
         copied=int(moved * sum(values.numel() for values in frozen)),
         blocks=count,
-        block_inputs="host" if setting["model"] == "dev_32b" else "device",  # as its plan for 9 GB has them
+        block_inputs=model.block_inputs,
     )
 
 

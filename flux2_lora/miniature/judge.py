@@ -22,7 +22,7 @@ from flux2_lora.miniature.subjects import COMMON
 
 UNSEEN = "emojitwo"
 LOOKS = (*STYLES, *(s.style for s in DEMOS))
-STEPS, BATCH = 1000, 64
+STEPS, BATCH = 1500, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +58,13 @@ def train_judge(work: Path) -> None:
     common = torch.tensor([row.label in COMMON for row in rows])
     unseen = having(rows, styles=[UNSEEN])
     subjects = torch.tensor([COMMON.index(row.label) if row.label in COMMON else -1 for row in rows])
-    subject = trained(pictures[common & ~unseen], subjects[common & ~unseen], len(COMMON), recoloured=True)
+    subject = trained(pictures[common & ~unseen], subjects[common & ~unseen], len(COMMON), much=1.0, recoloured=True)
     print(f"subjects: {right(subject, pictures[common & unseen], subjects[common & unseen]):.3f} right in {UNSEEN}")
     labels = sorted({row.label for row in rows})
     held = torch.tensor([row.label in labels[::8] for row in rows])
     looks = torch.tensor([LOOKS.index(row.style) if row.style in LOOKS else -1 for row in rows])
     seen = having(rows, styles=LOOKS) & ~held
-    look = trained(pictures[seen], looks[seen], len(LOOKS), recoloured=False)
+    look = trained(pictures[seen], looks[seen], len(LOOKS), much=0.25, recoloured=False)
     for index, style in enumerate(LOOKS):
         shown = held & (looks == index)
         print(f"style {style}: {right(look, pictures[shown], looks[shown]):.3f} right of {int(shown.sum())} never seen")
@@ -88,8 +88,8 @@ def make_network(classes: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(160 * 4, classes))
 
 
-def trained(pictures: Tensor, classes: Tensor, count: int, *, recoloured: bool) -> nn.Module:
-    """A network that tells classes [n] of pictures [n 3 h w] apart, drawn moved, turned, soft and noisy."""
+def trained(pictures: Tensor, classes: Tensor, count: int, *, much: float, recoloured: bool) -> nn.Module:
+    """A network that tells classes [n] of pictures [n 3 h w] apart, disturbed so much: a style is in the details."""
     torch.manual_seed(0)
     network = make_network(count)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
@@ -97,7 +97,7 @@ def trained(pictures: Tensor, classes: Tensor, count: int, *, recoloured: bool) 
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         index = torch.randint(len(pictures), (BATCH,), generator=generator)
-        shown = disturbed(pictures[index], generator)
+        shown = disturbed(pictures[index], generator, much)
         if recoloured:
             grey = shown.mean(1, keepdim=True).expand_as(shown)
             shown = torch.where(torch.rand(BATCH, 1, 1, 1, generator=generator) < 0.3, grey, shown)
@@ -109,19 +109,20 @@ def trained(pictures: Tensor, classes: Tensor, count: int, *, recoloured: bool) 
     return network.eval()
 
 
-def disturbed(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures [n 3 h w] moved, scaled, turned and flipped a little, then made soft and noisy as samples are."""
+def disturbed(pictures: Tensor, generator: torch.Generator, much: float = 1.0) -> Tensor:
+    """Pictures [n 3 h w] moved, scaled, turned and flipped, then made soft and noisy as samples are; much: 0 to 1."""
     n = len(pictures)
     draw = torch.rand(n, 5, generator=generator)
-    angle, scale = (draw[:, 0] - 0.5) * 0.4, 1 + (draw[:, 1] - 0.5) * 0.4
+    angle, scale = (draw[:, 0] - 0.5) * 0.4 * much, 1 + (draw[:, 1] - 0.5) * 0.4 * much
+    shift = (draw[:, 3:] - 0.5) * 0.3 * much
     flip = torch.where(draw[:, 2] < 0.5, -1.0, 1.0)
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    moved = torch.stack([cos * flip, -sin, (draw[:, 3] - 0.5) * 0.3, sin * flip, cos, (draw[:, 4] - 0.5) * 0.3], 1)
+    moved = torch.stack([cos * flip, -sin, shift[:, 0], sin * flip, cos, shift[:, 1]], 1)
     places = F.affine_grid(moved.view(n, 2, 3), list(pictures.shape), align_corners=False)
     shown = 1 - F.grid_sample(1 - pictures, places, align_corners=False)  # what comes in from outside is white
     soft = F.avg_pool2d(shown, 3, stride=1, padding=1, count_include_pad=False)
-    shown = torch.lerp(shown, soft, torch.rand(n, 1, 1, 1, generator=generator))
-    return shown + 0.08 * torch.randn(shown.shape, generator=generator)
+    shown = torch.lerp(shown, soft, much * torch.rand(n, 1, 1, 1, generator=generator))
+    return shown + 0.08 * much * torch.randn(shown.shape, generator=generator)
 
 
 def right(network: nn.Module, pictures: Tensor, classes: Tensor) -> float:
