@@ -6,6 +6,7 @@ the same pictures and teach the model to compose; the two together, and some pai
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,10 @@ BATCH = 32
 # Modifiers of a picture, and how often each is drawn.
 MODIFIERS = {"": 0.72, ", mirrored": 0.14, ", in grey": 0.14}
 HELD_OUT_MODIFIER = ", mirrored, in grey"
-# Parts of a prompt, and how often each is drawn; no prompt at all is what classifier-free guidance needs.
-FULL, SUBJECT, STYLE, NOTHING = 0.8, 0.08, 0.05, 0.07
+# Parts of a prompt, and how often each is drawn. Words without a meaning in the place of the style teach that such
+# words change nothing, as they do to a large model; no prompt at all is what classifier-free guidance needs.
+NONSENSE = 4
+KINDS = (0.6, *[0.22 / NONSENSE] * NONSENSE, 0.06, 0.05, 0.07)
 
 
 def modified(pictures: Tensor, modifier: str) -> Tensor:
@@ -39,8 +42,21 @@ def modified(pictures: Tensor, modifier: str) -> Tensor:
 
 
 def texts_of(row: Row, modifier: str) -> list[str]:
-    """The four prompts of a picture: full, without a style, without a subject, empty."""
-    return [f"{row.label}, {row.style} style{modifier}", f"{row.label}{modifier}", f"{row.style} style{modifier}", ""]
+    """Prompts of a picture: full, in styles that do not exist, without a style, without a subject, empty."""
+    words = [nonsense(f"{row.label}, {row.style} {i}") for i in range(NONSENSE)]
+    return [
+        f"{row.label}, {row.style} style{modifier}",
+        *(f"{row.label}{modifier or f', {word} style'}" for word in words),
+        f"{row.label}{modifier}",
+        f"{row.style} style{modifier}",
+        "",
+    ]
+
+
+def nonsense(seed: str) -> str:
+    """A word of two syllables that means nothing, the same for the same seed."""
+    draw = random.Random(seed)
+    return "".join(draw.choice("bcdfghklmnprstvwz") + draw.choice("aeiou") for _ in range(2))
 
 
 def held_out(rows: Sequence[Row]) -> Tensor:
@@ -50,7 +66,7 @@ def held_out(rows: Sequence[Row]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """All that is trained on, on the device. latents [m n c h w] and tokens [m n 4 16] by modifier and picture."""
+    """All that is trained on, on the device. latents [m n c h w] and tokens [m n k 16] by modifier and picture."""
 
     rows: Sequence[Row]
     latents: Tensor
@@ -61,7 +77,7 @@ class Examples:
         """Latents [count c h w] and tokens [count 16] of random pictures, modifiers and kinds of prompt."""
         picture = torch.multinomial(self.often, count, replacement=True, generator=generator)
         modifier = torch.multinomial(torch.tensor(list(MODIFIERS.values())), count, True, generator=generator)
-        kind = torch.multinomial(torch.tensor([FULL, SUBJECT, STYLE, NOTHING]), count, True, generator=generator)
+        kind = torch.multinomial(torch.tensor(KINDS), count, True, generator=generator)
         return self.latents[modifier, picture], self.tokens[modifier, picture, kind]
 
 
@@ -76,7 +92,7 @@ def load_examples(work: Path, tokenizer: Any, device: torch.device) -> Examples:
         with torch.no_grad():
             latents.append(torch.cat([FAMILY.encode_pixels(vae, part.to(device)).mean for part in parts]))
         texts = [text for row in rows for text in texts_of(row, modifier)]
-        tokens.append(tokenized(tokenizer, texts).view(len(rows), 4, MAX_TOKENS))
+        tokens.append(tokenized(tokenizer, texts).view(len(rows), -1, MAX_TOKENS))
     often = torch.tensor([2.0 if row.label in COMMON else 1.0 for row in rows])
     return Examples(
         rows=rows,

@@ -13,7 +13,7 @@ from flux2_lora.bundled import share
 from flux2_lora.miniature import vae as vaes
 from flux2_lora.miniature.icons import STYLES, Row, slug
 from flux2_lora.miniature.judge import disturbed, pixels
-from flux2_lora.miniature.prior import MAX_TOKENS, MODIFIERS, Examples, held_out, modified, texts_of, tokenized
+from flux2_lora.miniature.prior import KINDS, MAX_TOKENS, MODIFIERS, Examples, held_out, modified, texts_of, tokenized
 from flux2_lora.miniature.stages import Schedule, train_stage
 from flux2_lora.miniature.subjects import COMMON, OTHERS, SUBJECTS
 
@@ -57,7 +57,7 @@ def test_pairs_that_are_held_out_are_never_drawn() -> None:
     rows = [Row(label=f"subject {i}", style="noto") for i in range(48)]
     held = held_out(rows)
     pictures = torch.arange(48.0).repeat(len(MODIFIERS), 1)
-    tokens = torch.zeros(len(MODIFIERS), 48, 4, MAX_TOKENS, dtype=torch.long)
+    tokens = torch.zeros(len(MODIFIERS), 48, len(KINDS), MAX_TOKENS, dtype=torch.long)
     often = torch.ones(48).masked_fill(held, 0)
     drawn, _ = Examples(rows=rows, latents=pictures, tokens=tokens, often=often).draw(
         4000, torch.Generator().manual_seed(0)
@@ -81,6 +81,7 @@ def test_each_prompt_that_was_trained_fits_the_bundled_tokenizer_and_a_longer_on
     tokenizer = AutoTokenizer.from_pretrained(share() / "data/tiny/tokenizer")
     rows = [Row(label=label, style=style) for label in SUBJECTS for style in STYLES]
     texts = [text for row in rows for modifier in MODIFIERS for text in texts_of(row, modifier)]
+    assert len(texts) == len(rows) * len(MODIFIERS) * len(KINDS)
     ids = tokenized(tokenizer, texts)
     assert ids.shape == (len(texts), MAX_TOKENS)
     assert not (ids == tokenizer.unk_token_id).any()
