@@ -227,7 +227,7 @@ def test_inspect_writes_a_contact_sheet_and_prepare_fills_the_cache(command: Com
     assert Path("outputs/inspect.png").is_file()
     assert command("prepare").code == 0
     entries = list(Path("outputs/cache/latents").rglob("*.safetensors"))
-    assert len(entries) == 28 + 48
+    assert len(entries) == 28 + 50
     stamps = {entry: entry.stat().st_mtime_ns for entry in entries}
     assert command("prepare").code == 0
     assert {entry: entry.stat().st_mtime_ns for entry in entries} == stamps

@@ -118,10 +118,10 @@ def test_upscale_needs_no_more_memory_a_step_than_a_tile(pipeline: Pipeline, mon
 
 def test_merged_adapters_draw_what_live_ones_draw(pipeline: Pipeline, trained: Path) -> None:
     """The fp8 base is quantised again, so they are near and not equal; a strong adapter stands out of that."""
-    pipeline.use([20.0])
+    pipeline.use([60.0])
     live = values(pipeline.generate("red apple", **QUICK))
     merged = Pipeline.load(trained, device="cpu")
-    merged.merge([20.0])
+    merged.merge([60.0])
     assert merged.adapters == []
     drawn = values(merged.generate("red apple", **QUICK))
     pipeline.use([0.0])
