@@ -17,9 +17,10 @@ from flux2_lora.families import ModelSpec, Outline, outline
 from flux2_lora.flow import LossSpec, TimestepSpec
 from flux2_lora.inference.previews import EDITED, PreviewSpec
 from flux2_lora.options import option
-from flux2_lora.planning.choose import Given, Plan, Previews, Work, choose
+from flux2_lora.planning.choose import choose
 from flux2_lora.planning.hardware import Card, HardwareSpec, card_of
 from flux2_lora.planning.memory import Learning
+from flux2_lora.planning.work import Given, Plan, Previews, Work
 from flux2_lora.quantize import PrecisionSpec
 from flux2_lora.training.memory import MemorySpec
 from flux2_lora.training.optimizers import OptimizerSpec, state_bytes

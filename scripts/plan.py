@@ -19,8 +19,9 @@ from flux2_lora.config import program
 from flux2_lora.devices import pick_device
 from flux2_lora.families import outline
 from flux2_lora.files import as_asked, write_text
-from flux2_lora.planning.choose import Choice, Plan, Work, choose, drawing_plan
+from flux2_lora.planning.choose import choose, drawing_plan
 from flux2_lora.planning.hardware import Card, card_of
+from flux2_lora.planning.work import Choice, Plan, Work
 from flux2_lora.run_options import RunOptions
 from flux2_lora.training.progress import console
 from flux2_lora.training.report import duration

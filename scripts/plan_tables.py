@@ -18,10 +18,12 @@ import yaml  # type: ignore[import-untyped]
 from flux2_lora.bundled import share
 from flux2_lora.errors import UserError
 from flux2_lora.families import Geometry, ModelSpec, Outline, outline
-from flux2_lora.planning.choose import Search, Work, choose, drawing_plan
+from flux2_lora.planning.choose import choose, drawing_plan
 from flux2_lora.planning.hardware import Card, HardwareSpec, card_of
 from flux2_lora.planning.memory import Layout, Learning
+from flux2_lora.planning.search import Search
 from flux2_lora.planning.sketch import Costs
+from flux2_lora.planning.work import Work
 
 MODELS = ("flux1_dev", "flux2_klein_base_9b", "flux2_klein_base_4b", "flux2_dev")
 SIDES = (512, 768, 1024)

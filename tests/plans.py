@@ -10,9 +10,9 @@ import yaml
 from flux2_lora.adapters import AdapterSpec
 from flux2_lora.bundled import share
 from flux2_lora.families import Geometry, ModelSpec, Outline, outline
-from flux2_lora.planning.choose import Work
 from flux2_lora.planning.hardware import Card, HardwareSpec, card_of
 from flux2_lora.planning.sketch import Costs
+from flux2_lora.planning.work import Work
 from flux2_lora.quantize import PrecisionSpec
 
 MODELS = ("flux1_dev", "flux2_klein_base_4b", "flux2_klein_base_9b", "flux2_dev")

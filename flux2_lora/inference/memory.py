@@ -18,9 +18,10 @@ from flux2_lora.devices import compute_dtype, free_bytes
 from flux2_lora.errors import UserError
 from flux2_lora.families import Model, outline
 from flux2_lora.inference.pictures import SMALL_TILE_PX, coding_bytes
-from flux2_lora.planning.choose import Work, drawing_plan
+from flux2_lora.planning.choose import drawing_plan
 from flux2_lora.planning.hardware import Card
 from flux2_lora.planning.memory import Layout
+from flux2_lora.planning.work import Work
 from flux2_lora.quantize import PrecisionSpec
 
 _NUMBERS_A_TOKEN = 32

@@ -12,7 +12,7 @@ from flux2_lora.dataset import Scan, scan
 from flux2_lora.dataset.seen import Memory
 from flux2_lora.families import Model, load_family, open_model
 from flux2_lora.networks.features import Features, load_features
-from flux2_lora.planning.choose import Plan
+from flux2_lora.planning.work import Plan
 from flux2_lora.publish.learned import differences, learned_from, save_learned
 from flux2_lora.publish.run_card import read_card
 from flux2_lora.run.refusals import refuse_what_would_do_nothing

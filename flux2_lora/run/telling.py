@@ -11,7 +11,8 @@ from flux2_lora.dataset.spec import bundled_folder
 from flux2_lora.errors import RunError
 from flux2_lora.families import ModelFamily
 from flux2_lora.inference.run_page import write_report
-from flux2_lora.planning.choose import Plan, correct
+from flux2_lora.planning.choose import correct
+from flux2_lora.planning.work import Plan
 from flux2_lora.quantize import stored_bytes, trial_of
 from flux2_lora.run_options import Budget, RunOptions
 from flux2_lora.stream import streamer_of

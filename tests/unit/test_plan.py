@@ -14,9 +14,10 @@ from flux2_lora.adapters import AdapterSpec
 from flux2_lora.bundled import share
 from flux2_lora.errors import UserError
 from flux2_lora.families import ModelSpec, outline
-from flux2_lora.planning.choose import Given, Plan, Previews, Work, choose, correct, drawing_plan, plans
+from flux2_lora.planning.choose import choose, correct, drawing_plan, plans
 from flux2_lora.planning.hardware import HardwareSpec, card_of
 from flux2_lora.planning.memory import Learning
+from flux2_lora.planning.work import Given, Plan, Previews, Work
 from flux2_lora.quantize import PrecisionSpec
 from flux2_lora.training.optimizers import OptimizerSpec, state_bytes
 from tests.conftest import Command
@@ -98,8 +99,8 @@ def test_streaming_stretches_a_step_as_it_was_predicted(
 
 def stretched(model: str, px: int, hardware: str, **changes: float) -> float:
     """Seconds of a step with two slots and nothing resident."""
-    from flux2_lora.planning.choose import Search
     from flux2_lora.planning.memory import Layout
+    from flux2_lora.planning.search import Search
 
     search = Search(work=work_of(model, px), card=card(hardware, **changes), costs=costs_of(model, px))
     return search.step_s(Layout(slots=2), "pinned")
