@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from flux2_lora.networks.transformers import block_linears
 from flux2_lora.quantize import FrozenLinear
 from flux2_lora.training.step import Batch, Draws, Sample, share_of
 from flux2_lora.weights import Stored
+
+if TYPE_CHECKING:
+    from tests.streamed import Case
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -146,3 +150,15 @@ def device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
     monkeypatch.setattr(Tensor, "record_stream", lambda *_: _Stream.said.append("slot"))
     return _Stream.said
+
+
+@pytest.fixture(scope="session")
+def cases() -> dict[tuple[str, str], Case]:
+    from tests.streamed import every_case
+
+    return every_case()
+
+
+@pytest.fixture
+def case(cases: dict[tuple[str, str], Case]) -> Case:
+    return cases["flux2", "fp8"]
