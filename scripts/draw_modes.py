@@ -1,7 +1,8 @@
-"""The README's picture of every mode: what the demo's adapter draws on the bundled model.
+"""What a demo's adapter draws on the bundled model: every mode once, or inpainting and outpainting of many pictures.
 
 flux2-lora train
 python scripts/draw_modes.py --run outputs/demo --output docs/modes.png
+python scripts/draw_modes.py --run outputs/demo --fills --output docs/fills.png
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from PIL import Image, ImageDraw
 from flux2_lora import Pipeline
 from flux2_lora.bundled import share
 from flux2_lora.inference.grid import Section, draw_grid
+from flux2_lora.miniature.icons import slug
 
-STYLE = "inkline style"
+FILLED = ("grinning face", "cat face", "red heart", "angry face", "panda", "red apple", "star", "ghost")
 
 
 def main() -> None:
@@ -23,20 +25,53 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("outputs/demo"))
     parser.add_argument("--output", type=Path, default=Path("docs/modes.png"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dataset", type=Path, default=share() / "data/demo", help="what the run was trained on")
+    parser.add_argument("--fills", action="store_true", help="only inpainting and outpainting")
     wanted = parser.parse_args()
-    pipeline = Pipeline.load(wanted.run, device="cpu")
-    draw_grid("flux2-lora tiny, the demo's adapter", sections(pipeline, wanted.seed)).save(wanted.output)
+    pipeline, demo = Pipeline.load(wanted.run, device="cpu"), Demo(wanted.dataset)
+    drawn = fills if wanted.fills else modes
+    draw_grid("flux2-lora tiny, the demo's adapter", drawn(pipeline, demo, wanted.seed)).save(wanted.output)
 
 
-def sections(pipeline: Pipeline, seed: int) -> list[Section]:
+class Demo:
+    """Pictures of a style that were kept from training, 64 px, and their captions."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "validation"
+
+    def picture(self, subject: str) -> Image.Image:
+        with Image.open(self.folder / f"{slug(subject)}.png") as picture:
+            return picture.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+
+    def prompt(self, subject: str) -> str:
+        return (self.folder / f"{slug(subject)}.txt").read_text().strip()
+
+
+def fills(pipeline: Pipeline, demo: Demo, seed: int) -> list[Section]:
+    """The middle of each picture painted anew, and its right half."""
+    pictures = [demo.picture(subject) for subject in FILLED]
+    prompts = [demo.prompt(subject) for subject in FILLED]
+    middle = Image.new("L", (64, 64), 0)
+    ImageDraw.Draw(middle).rectangle((16, 16, 47, 47), fill=255)
+    grey = Image.new("RGB", (64, 64), "#bbbbbb")
+    holes = [Image.composite(grey, picture, middle) for picture in pictures]
+    halves = [picture.crop((0, 0, 32, 64)) for picture in pictures]
+    pairs = list(zip(pictures, halves, prompts, strict=True))
+    inpainted = [pipeline.inpaint(picture, middle, prompt, seed=seed) for picture, _, prompt in pairs]
+    outpainted = [pipeline.outpaint(half, prompt, right=32, seed=seed) for _, half, prompt in pairs]
+    rows = {"picture": pictures, "hole": holes, "inpaint": inpainted, "half": halves, "outpaint": outpainted}
+    return [Section(columns=prompts, rows=list(rows.items()))]
+
+
+def modes(pipeline: Pipeline, demo: Demo, seed: int) -> list[Section]:
     """Text to image beside the base; then every way to change a picture that the adapter has not learned from."""
-    prompts = [f"grinning face, {STYLE}", f"cat face, {STYLE}", f"red heart, {STYLE}", f"crescent moon, {STYLE}"]
+    prompts = [demo.prompt(subject) for subject in ("grinning face", "cat face", "red heart", "crescent moon")]
     pipeline.use([0.0])
     base = pipeline.generate(prompts, seed=seed)
     pipeline.use([1.0])
     drawn = pipeline.generate(prompts, seed=seed)
 
-    face = held_out("grinning-face")
+    face = demo.picture("grinning face")
     eyes = Image.new("L", face.size, 0)
     ImageDraw.Draw(eyes).rectangle((8, 16, 55, 34), fill=255)
     half = face.crop((0, 0, 32, 64))
@@ -50,12 +85,6 @@ def sections(pipeline: Pipeline, seed: int) -> list[Section]:
         Section(columns=prompts, rows=[("base", base), ("adapter", drawn)]),
         Section(columns=["picture", "mask", "result"], rows=list(edits.items())),
     ]
-
-
-def held_out(name: str) -> Image.Image:
-    """A picture of the style that was kept from training, 64 px."""
-    with Image.open(share() / "data/demo/validation" / f"{name}.png") as picture:
-        return picture.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python scripts/pretrain_tiny.py data           install the sets of drawings, rasterise them
     python scripts/pretrain_tiny.py vae            AutoencoderKLFlux2 on every drawing, with line-art augmentation
     python scripts/pretrain_tiny.py transformer    Flux2Transformer2DModel and T5 together, on cached latents
-    python scripts/pretrain_tiny.py bundle         write data/tiny, data/demo and data/demo_clay
+    python scripts/pretrain_tiny.py bundle         write data/tiny, data/demo and data/demo_poster
     python scripts/pretrain_tiny.py judge          networks that name subject and style, from real pictures
     python scripts/pretrain_tiny.py show           sheets of samples into docs/, and what the judge names
 
@@ -55,7 +55,7 @@ def run_stage(wanted: argparse.Namespace) -> None:
         complete = train_vae(work, start / "vae" if start else None, device, wanted.minutes)
         print("complete" if complete else GO_ON)
     elif wanted.stage == "transformer":
-        complete = train_prior(work, start / "transformer" if start else None, wanted.steps, device, wanted.minutes)
+        complete = train_prior(work, start, wanted.steps, device, wanted.minutes)
         print("complete" if complete else GO_ON)
     elif wanted.stage == "bundle":
         write_model(work, wanted.destination / "tiny")

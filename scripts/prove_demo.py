@@ -23,7 +23,7 @@ import torch
 from flux2_lora import Pipeline
 from flux2_lora.bundled import share
 from flux2_lora.miniature.bundle import TRIGGERS
-from flux2_lora.miniature.icons import CLAY, INK, SETS, Drawings, load_labels, slug
+from flux2_lora.miniature.icons import INK, POSTER, SETS, Drawings, load_labels, slug
 from flux2_lora.miniature.judge import Judge, load_judge
 from flux2_lora.miniature.subjects import COMMON
 
@@ -61,7 +61,7 @@ def main() -> None:
     write_control(wanted.work, data / "demo", control)
     cases = [
         Case(name="ink", folder=data / "demo", trigger=TRIGGERS[INK], look=INK.style),
-        Case(name="clay", folder=data / "demo_clay", trigger=TRIGGERS[CLAY], look=CLAY.style),
+        Case(name="poster", folder=data / "demo_poster", trigger=TRIGGERS[POSTER], look=POSTER.style),
         Case(
             name="control",
             folder=control,

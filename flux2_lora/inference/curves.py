@@ -13,6 +13,11 @@ from html import escape
 Point = tuple[float, float]
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 240, 50, 24, 14, 42
 _MOST_POINTS, _OUTLIERS = 400, 0.02
+# Of a file of its own; a page that holds a figure brings its own.
+_STYLE = """text { font: 12px sans-serif; fill: #5c5c57 } .title { font-size: 15px; fill: #1c1c1a }
+.grid { stroke: #d9d9d3; fill: none } .now { visibility: hidden } .line { fill: none; stroke-width: 2 }
+.line-0 { stroke: #0b5cc7 } .line-1 { stroke: #b04a00; stroke-dasharray: 7 5 }
+.line-2 { stroke: #14713a; stroke-dasharray: 2 4; stroke-width: 3 }"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,27 @@ def figure(title: str, note: str, lines: Sequence[Line], mark: Point | None = No
         f'<figure class="chart"><figcaption><h3>{escape(title)}</h3><p>{escape(note)}</p></figcaption>'
         f"{_plot(f'{title}: {said}', drawn, mark, mark_name)}"
         f'<ul class="legend">{items}</ul></figure>'
+    )
+
+
+def drawing(charts: Sequence[tuple[str, Sequence[Line]]]) -> str:
+    """Charts beside each other, each with its title and a legend below it, as an SVG file of its own."""
+    legend = 20 * max(len(lines) for _, lines in charts)
+    width, height = _WIDTH * len(charts), 30 + _HEIGHT + legend + 10
+    parts = []
+    for index, (title, lines) in enumerate(charts):
+        left = index * _WIDTH
+        plot = _plot(title, lines, None, "").replace(
+            "<svg ", f'<svg x="{left}" y="30" width="{_WIDTH}" height="{_HEIGHT}" ', 1
+        )
+        parts.append(f'<text class="title" x="{left + _LEFT}" y="20">{escape(title)}</text>{plot}')
+        for row, line in enumerate(lines):
+            y = 30 + _HEIGHT + 20 * row + 12
+            parts.append(f'<path class="{_style(lines, line)}" d="M{left + _LEFT} {y - 4}h26"/>')
+            parts.append(f'<text x="{left + _LEFT + 34}" y="{y}">{escape(_spoken(line))}</text>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f'<style>{_STYLE}</style><rect width="{width}" height="{height}" fill="#ffffff"/>{"".join(parts)}</svg>\n'
     )
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from flux2_lora.miniature.icons import CLAY, DEMOS, INK, Drawings, IconSet, load_labels, slug
+from flux2_lora.miniature.icons import DEMOS, INK, POSTER, Drawings, IconSet, load_labels, slug
 from flux2_lora.miniature.subjects import COMMON, OTHERS
 
 MOST_BYTES = 20_000_000
 # Words that mean nothing to the base.
-TRIGGERS = {INK: "inkline", CLAY: "softclay"}
+TRIGGERS = {INK: "inkline", POSTER: "threeink"}
 PROMPTS = ("grinning face", "cat face", "red apple", "crescent moon")
 
 
@@ -69,6 +69,6 @@ def write_demo(work: Path, icon_set: IconSet, destination: Path, *, trigger: str
 
 
 def write_demos(work: Path, destination: Path) -> None:
-    """data/demo, the default, and data/demo_clay."""
-    for icon_set, folder in zip(DEMOS, ("demo", "demo_clay"), strict=True):
+    """data/demo, the default, and data/demo_poster."""
+    for icon_set, folder in zip(DEMOS, ("demo", "demo_poster"), strict=True):
         write_demo(work, icon_set, destination / folder, trigger=TRIGGERS[icon_set])

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 SIDE_PX = 64
@@ -24,13 +24,17 @@ SIDE_PX = 64
 
 @dataclass(frozen=True, kw_only=True)
 class IconSet:
-    """One npm package of drawings: what its style is called, and who has drawn it under which licence."""
+    """One npm package of drawings: what its style is called, and who has drawn it under which licence.
+
+    inks: colours (red, green, blue) for black, middle grey and white; none leaves the drawings as they are.
+    """
 
     package: str
     version: str
     style: str
     licence: str
     author: str
+    inks: tuple[tuple[int, int, int], ...] = ()
 
 
 SETS = (
@@ -55,8 +59,15 @@ STYLES = ("noto", "fluent", "twemoji")
 INK = IconSet(
     package="@iconify-json/fluent-emoji-high-contrast", version="1.2.6", style="ink", licence="MIT", author="Microsoft"
 )
-CLAY = IconSet(package="@lobehub/fluent-emoji-3d", version="1.1.0", style="clay", licence="MIT", author="Microsoft")
-DEMOS = (INK, CLAY)
+POSTER = IconSet(
+    package="@lobehub/fluent-emoji-3d",
+    version="1.1.0",
+    style="poster",
+    licence="MIT",
+    author="Microsoft",
+    inks=((40, 10, 70), (220, 60, 120), (205, 185, 255)),
+)
+DEMOS = (INK, POSTER)
 NAMES = ("emojibase-data", "17.0.0")
 # People, flags, signs and letters are no subjects of a style; the VAE does not need them either.
 EXCLUDED = re.compile(r"person|family|flag|keycap|skin|hair|alphanum|gender|symbol|zodiac|hands?\b|hand-|arrow|punct")
@@ -138,17 +149,19 @@ class Drawings:
 
     def __init__(self, work: Path, icon_set: IconSet) -> None:
         self.package = work / "node_modules" / icon_set.package
+        self.inks = icon_set.inks
         whole = self.package / "icons.json"
         self.icons: dict[str, Any] | None = json.loads(whole.read_text()) if whole.is_file() else None
 
     def drawn(self, label: Label, side_px: int) -> Image.Image | None:
-        """The drawing on white, side_px square; None where the set lacks it."""
+        """The drawing on its paper, side_px square; None where the set lacks it."""
         found = self._from_svg(label, 4 * side_px) if self.icons is not None else self._from_file(label)
         if found is None:
             return None
         paper = Image.new("RGBA", found.size, "white")
         flat = Image.alpha_composite(paper, found.convert("RGBA")).convert("RGB")
-        return flat.resize((side_px, side_px), Image.Resampling.LANCZOS)
+        small = flat.resize((side_px, side_px), Image.Resampling.LANCZOS)
+        return printed(small, self.inks) if self.inks else small
 
     def _from_file(self, label: Label) -> Image.Image | None:
         # Names may or may not end in the sign that asks for the coloured form.
@@ -172,6 +185,12 @@ class Drawings:
         )
         drawn = resvg_py.svg_to_bytes(svg_string=svg, width=side_px, height=side_px)
         return Image.open(io.BytesIO(bytes(drawn)))
+
+
+def printed(picture: Image.Image, inks: Sequence[tuple[int, int, int]]) -> Image.Image:
+    """The picture in inks for black, middle grey and white, by its brightness."""
+    black, middle, white = inks
+    return ImageOps.colorize(picture.convert("L"), black=black, mid=middle, white=white)
 
 
 def slug(label: str) -> str:

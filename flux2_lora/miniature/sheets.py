@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import torch
 from PIL import Image
 
 from flux2_lora.families import ModelSpec, open_model
+from flux2_lora.inference.curves import Line, drawing
 from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.inference.pipeline import Pipeline
+from flux2_lora.miniature.examples import held_out, texts_of
 from flux2_lora.miniature.icons import STYLES, Row, load_pictures
 from flux2_lora.miniature.judge import Judge, load_judge
-from flux2_lora.miniature.prior import HELD_OUT_MODIFIER, held_out, texts_of
 from flux2_lora.miniature.subjects import COMMON, SUBJECTS
+from flux2_lora.miniature.variants import HELD_OUT
 from flux2_lora.quantize import PrecisionSpec
 
 AT_ONCE = 32
@@ -48,25 +51,36 @@ def show(work: Path, folder: Path, docs: Path, seed: int = 0) -> None:
     subjects = [*COMMON[:48]]
     styled = [f"{name}, {STYLES[i % len(STYLES)]} style" for i, name in enumerate(subjects)]
     sheet("48 subjects that it was trained on", styled, drawn(pipeline, styled, seed=seed)).save(docs / "tiny.png")
+    (docs / "tiny_curves.svg").write_text(curves(work))
     new = compositions(work)
     sheet("24 compositions that it was never trained on", new, drawn(pipeline, new, seed=seed)).save(
         docs / "tiny_compositions.png"
     )
 
 
+def curves(work: Path) -> str:
+    """How the transformer's loss and the VAE's PSNR went in training, as an SVG file."""
+    charts = []
+    for title, name in {"Transformer: flow-matching loss": "prior", "VAE: PSNR of unseen pictures, dB": "vae"}.items():
+        rows = [json.loads(row) for row in (work / f"{name}.jsonl").read_text().splitlines()]
+        names = [key for key in rows[0] if key != "step" and (name, key) != ("vae", "loss")]
+        charts.append((title, [Line(name=key, points=[(row["step"], row[key]) for row in rows]) for key in names]))
+    return drawing(charts)
+
+
 def compositions(work: Path) -> list[str]:
-    """12 common subjects mirrored and in grey, and 12 pairs of subject and style; none of both was ever trained."""
+    """12 common subjects in pairs of place and ink, 12 pairs of subject and style; none of these was ever trained."""
     _, every = load_pictures(work)
     rows = [row for row in every if row.style in STYLES and row.label in SUBJECTS]
-    both = [f"{name}, {STYLES[i % len(STYLES)]} style{HELD_OUT_MODIFIER}" for i, name in enumerate(COMMON[::4][:12])]
-    pairs = [texts_of(row, "")[0] for row, held in zip(rows, held_out(rows).tolist(), strict=True) if held]
+    both = [f"{name}, {STYLES[i % 3]} style{''.join(HELD_OUT[i // 4])}" for i, name in enumerate(COMMON[::4][:12])]
+    pairs = [texts_of(row)[0] for row, held in zip(rows, held_out(rows).tolist(), strict=True) if held]
     return both + pairs[:: max(1, len(pairs) // 12)][:12]
 
 
 def score(pipeline: Pipeline, judge: Judge, seed: int) -> None:
     """Draw every common subject in every style; print the part whose subject and style is named."""
     wanted = [Row(label=name, style=style) for style in STYLES for name in COMMON]
-    pictures = drawn(pipeline, [texts_of(row, "")[0] for row in wanted], seed=seed)
+    pictures = drawn(pipeline, [texts_of(row)[0] for row in wanted], seed=seed)
     subjects, looks = judge.subjects(pictures), judge.looks(pictures)
     for style in STYLES:
         of = [i for i, row in enumerate(wanted) if row.style == style]

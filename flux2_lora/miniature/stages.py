@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ def train_stage(
     schedule: Schedule,
     checkpoint: Path,
     loss_at: Callable[[torch.Generator], Tensor],
-    report: Callable[[], str],
+    report: Callable[[], dict[str, float]],
     *,
     minutes: float,
     every: int = 200,
@@ -40,7 +41,8 @@ def train_stage(
 
     Goes on from `checkpoint`, and writes it every `every` steps and when `minutes` are over; each step's draws come
     from a generator keyed by the step, so pieces give what one go gives. loss_at: generator -> scalar tensor.
-    report: called on the averaged weights. Returns whether the stage is complete.
+    report: called on the averaged weights; what it tells is printed and kept beside the checkpoint, a JSON a line.
+    Returns whether the stage is complete.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=schedule.lr, betas=(0.9, 0.98), weight_decay=0.01)
     average = {name: value.clone() for name, value in module.state_dict().items()}
@@ -66,8 +68,11 @@ def train_stage(
             live = {name: value.clone() for name, value in module.state_dict().items()}
             module.load_state_dict(average)
             with torch.no_grad():
-                mean = torch.stack(losses).mean().item()
-                print(f"step {step} loss {mean:.4f} {report()} {time.monotonic() - began:.0f} s", flush=True)
+                told = {"step": step, "loss": torch.stack(losses).mean().item(), **report()}
+            with checkpoint.with_suffix(".jsonl").open("a") as log:
+                log.write(json.dumps(told) + "\n")
+            words = [f"{name} {value:.4g}" for name, value in told.items() if name != "step"]
+            print(f"step {step}", *words, f"{time.monotonic() - began:.0f} s", flush=True)
             module.load_state_dict(live)
             losses.clear()
     _save(checkpoint, module, optimizer, average, step)

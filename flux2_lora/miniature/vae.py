@@ -14,7 +14,7 @@ from flux2_lora.miniature.stages import Schedule, train_stage
 
 BATCH = 16
 FROM_NOTHING = Schedule(steps=4200, lr=4e-3)
-GOING_ON = Schedule(steps=3000, lr=2e-3, decay=0.9)
+GOING_ON = Schedule(steps=2000, lr=2e-3, decay=0.9)
 
 
 def train_vae(work: Path, start: Path | None, device: torch.device, minutes: float) -> bool:
@@ -38,8 +38,8 @@ def train_vae(work: Path, start: Path | None, device: torch.device, minutes: flo
         loss: Tensor = 4 * error.square().mean() + error.abs().mean() + 0.5 * edges + 2e-4 * kl
         return loss
 
-    def report() -> str:
-        return "psnr " + ", ".join(f"{name} {psnr(vae, shown[::8]):.2f}" for name, shown in unseen.items())
+    def report() -> dict[str, float]:
+        return {name: psnr(vae, shown[::8]) for name, shown in unseen.items()}
 
     schedule = GOING_ON if start else FROM_NOTHING
     if not train_stage(vae, schedule, work / "vae.pt", loss_at, report, minutes=minutes):
@@ -82,8 +82,15 @@ def load_vae(folder: Path) -> Any:
 
 
 def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Flips, swapped channels, grey and two-tone versions: a style without colour must decode as well. [n 3 h w]"""
-    return torch.stack([_augmented(picture, generator) for picture in pictures])
+    """Flips, other inks and papers, grey and two-tone versions: no style may be too far to decode. [n 3 h w]"""
+    return torch.stack([_reprinted(_augmented(picture, generator), generator) for picture in pictures])
+
+
+def _reprinted(picture: Tensor, generator: torch.Generator) -> Tensor:
+    """Black and white of each channel become two random values, once in three times."""
+    often = torch.rand((), generator=generator)
+    black, white = torch.rand(2, 3, 1, 1, generator=generator) * 2 - 1
+    return torch.lerp(black, white, (picture + 1) / 2) if often < 1 / 3 else picture
 
 
 def _augmented(picture: Tensor, generator: torch.Generator) -> Tensor:

@@ -49,7 +49,7 @@ def test_only_planned_names_stand_at_the_top() -> None:
 
 def test_of_data_only_programs_and_what_is_bundled_are_tracked() -> None:
     inside = [path for path in tracked() if path.parts[0] == "data"]
-    others = [path for path in inside if path.parts[1] not in ("demo", "demo_clay", "tiny")]
+    others = [path for path in inside if path.parts[1] not in ("demo", "demo_poster", "tiny")]
     assert [path for path in others if len(path.parts) > 2 or path.suffix != ".py"] == []
 
 

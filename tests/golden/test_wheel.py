@@ -19,7 +19,7 @@ KINDS = (
     r"flux2_lora/(py\.typed|inference/run_page\.(css|js))",
     r"flux2_lora/share/(train|data|scripts)/\w+\.py",
     r"flux2_lora/share/configs/(\w+/)*\w+\.yaml",
-    r"flux2_lora/share/data/(demo|demo_clay|tiny)/.+",
+    r"flux2_lora/share/data/(demo|demo_poster|tiny)/.+",
     r"flux2_lora-[^/]+\.dist-info/(METADATA|WHEEL|RECORD|entry_points\.txt|licenses/(LICENSE|NOTICE))",
 )
 
@@ -62,7 +62,7 @@ def test_the_library_is_whole(shipped: set[str]) -> None:
 
 
 def test_the_bundled_model_and_pictures_are_carried(shipped: set[str]) -> None:
-    folders = [ROOT / "data" / name for name in ("demo", "demo_clay", "tiny")]
+    folders = [ROOT / "data" / name for name in ("demo", "demo_poster", "tiny")]
     bundled = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
     names = {f"flux2_lora/share/{path.relative_to(ROOT)}" for path in bundled if path.name != ".DS_Store"}
     assert any(name.endswith(".safetensors") for name in names)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from xml.etree import ElementTree as ET
 
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from flux2_lora.inference.curves import Line, figure, smoothed, ticks
+from flux2_lora.inference.curves import Line, drawing, figure, smoothed, ticks
 
 FINITE = st.floats(-1e6, 1e6)
 
@@ -57,3 +58,16 @@ def test_a_larger_value_stands_higher_and_names_are_escaped() -> None:
     first, last = heights(drawn, "line line-0")
     assert first < last
     assert not re.search("<t>|<a>|<best>", drawn)
+
+
+def test_charts_in_a_file_of_their_own_are_whole_svg_with_each_line_in_the_plot_and_in_the_legend() -> None:
+    lines = [Line(name="a < b", points=[(0, 1.0), (10, 2.0)]), Line(name="c", points=[(0, 3.0), (10, 4.0)])]
+    root = ET.fromstring(drawing([("first & last", lines), ("second", lines[:1])]))
+    name = {element.tag.rpartition("}")[2] for element in root.iter()}
+    assert name >= {"svg", "style", "path", "text"}
+    said = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "first & last" in said
+    assert "a < b 1.000 → 2.000" in said
+    drawn = [path.get("class") for path in root.iter("{http://www.w3.org/2000/svg}path")]
+    assert drawn.count("line line-0") == 4
+    assert drawn.count("line line-1") == 2

@@ -11,11 +11,12 @@ from torch import nn
 
 from flux2_lora.bundled import share
 from flux2_lora.miniature import vae as vaes
+from flux2_lora.miniature.examples import KINDS, MAX_TOKENS, Canvas, held_out, prompted, texts_of, weight
 from flux2_lora.miniature.icons import STYLES, Row, slug
 from flux2_lora.miniature.judge import disturbed, pixels
-from flux2_lora.miniature.prior import KINDS, MAX_TOKENS, MODIFIERS, Examples, held_out, modified, texts_of, tokenized
 from flux2_lora.miniature.stages import Schedule, train_stage
 from flux2_lora.miniature.subjects import COMMON, OTHERS, SUBJECTS
+from flux2_lora.miniature.variants import CANVASES, HELD_OUT, INKS, SQUARE, made, variants
 
 
 class CutError(Exception):
@@ -34,7 +35,7 @@ def trained(checkpoint: Path, *, cut_at: int | None = None) -> torch.Tensor:
         return (module(x) - x[:, :2]).square().mean()
 
     schedule = Schedule(steps=12, lr=0.05, warmup=2)
-    assert train_stage(module, schedule, checkpoint, loss_at, lambda: "", minutes=1, every=5)
+    assert train_stage(module, schedule, checkpoint, loss_at, dict, minutes=1, every=5)
     return module.weight.detach()
 
 
@@ -49,47 +50,80 @@ def test_a_stage_without_time_does_no_step_and_says_that_it_is_not_complete(tmp_
     module = nn.Linear(1, 1)
     before = module.weight.clone()
     loss = lambda generator: module(torch.ones(1)).sum()  # noqa: E731
-    assert not train_stage(module, Schedule(steps=3, lr=1.0), tmp_path / "a.pt", loss, lambda: "", minutes=0)
+    assert not train_stage(module, Schedule(steps=3, lr=1.0), tmp_path / "a.pt", loss, dict, minutes=0)
     assert torch.equal(module.weight, before)
 
 
-def test_pairs_that_are_held_out_are_never_drawn() -> None:
-    rows = [Row(label=f"subject {i}", style="noto") for i in range(48)]
-    held = held_out(rows)
-    pictures = torch.arange(48.0).repeat(len(MODIFIERS), 1)
-    tokens = torch.zeros(len(MODIFIERS), 48, len(KINDS), MAX_TOKENS, dtype=torch.long)
-    often = torch.ones(48).masked_fill(held, 0)
-    drawn, _ = Examples(rows=rows, latents=pictures, tokens=tokens, often=often).draw(
-        4000, torch.Generator().manual_seed(0)
-    )
-    assert set(drawn.long().tolist()) == {i for i in range(48) if not held[i]}
-    assert held.sum() == 2
+def test_only_pictures_that_have_a_weight_are_drawn_each_with_its_own_prompts() -> None:
+    latents = torch.arange(4.0).view(4, 1, 1, 1)
+    tokens = torch.arange(4).view(4, 1, 1).expand(4, len(KINDS), MAX_TOKENS)
+    canvas = Canvas(latents=latents, tokens=tokens, often=torch.tensor([1.0, 0.0, 2.0, 1.0]))
+    drawn, said = canvas.draw(4000, torch.Generator().manual_seed(0))
+    times = torch.bincount(drawn.flatten().long(), minlength=4) / 4000
+    assert torch.allclose(times, torch.tensor([0.25, 0.0, 0.5, 0.25]), atol=0.03)
+    assert torch.equal(drawn.flatten(), said[:, 0].float())
 
 
-def test_modifiers_mirror_a_picture_and_take_its_colour() -> None:
-    picture = torch.rand(1, 3, 2, 4, generator=torch.Generator().manual_seed(0))
-    both = modified(picture, ", mirrored, in grey")
-    assert torch.equal(both[:, 0], both[:, 1])
-    assert torch.equal(both[:, 2], both[:, 0])
-    assert torch.equal(both.flip(-1)[:, 0], picture.mean(1))
-    assert torch.equal(modified(picture, ""), picture)
+def test_pairs_of_place_and_ink_that_are_held_out_have_no_weight() -> None:
+    row = Row(label="red apple", style="noto")
+    every = list(variants(1, SQUARE, torch.Generator().manual_seed(0)))
+    never = {(one.place, one.ink) for one in every if weight(row, one) == 0}
+    assert never == set(HELD_OUT)
+    assert sum(one.often for one in every) == pytest.approx(1)
 
 
-def test_each_prompt_that_was_trained_fits_the_bundled_tokenizer_and_a_longer_one_is_refused() -> None:
+def test_every_24th_pair_of_subject_and_style_is_held_out() -> None:
+    assert held_out([Row(label=f"subject {i}", style="noto") for i in range(48)]).nonzero().flatten().tolist() == [
+        7,
+        31,
+    ]
+
+
+@pytest.mark.parametrize("canvas", CANVASES)
+def test_a_variant_fills_its_canvas_and_keeps_the_whole_drawing(canvas: tuple[int, int]) -> None:
+    drawing = torch.ones(3, 64, 64)
+    drawing[:, :, :32] = -1  # the left half
+    generator = torch.Generator().manual_seed(0)
+    for one in variants(1, canvas, generator):
+        picture = made(drawing, one, generator)
+        assert picture.shape == (3, *canvas)
+        if one.ink == "":
+            dark = picture[0] < 0
+            side = min(canvas)
+            low, high = (0.45, 0.8) if "small" in one.place else (1.0, 1.0)
+            assert low * side <= dark.any(1).sum() <= high * side
+            rows, columns = dark.any(1).nonzero().flatten(), dark.any(0).nonzero().flatten()
+            assert columns[-1] - columns[0] == pytest.approx((rows[-1] - rows[0]) / 2, abs=1)
+
+
+def test_inks_change_colours_and_papers_and_keep_the_shape() -> None:
+    picture = torch.ones(1, 3, 8, 8)
+    picture[:, 0, 2:6, 2:6] = -1
+    papers = {ink: inked(picture)[0, :, 0, 0] for ink, inked in INKS.items()}
+    assert len({tuple(paper.tolist()) for paper in papers.values()}) >= 6
+    for ink, inked in INKS.items():
+        changed = (inked(picture) - papers[ink].view(3, 1, 1)).abs().amax(1)[0] > 0.1
+        assert changed[2:6, 2:6].any(), ink
+        assert not changed[0].any(), ink
+        assert inked(picture).abs().max() <= 1.0001, ink
+
+
+def test_each_full_prompt_fits_the_bundled_tokenizer_and_one_that_is_too_long_becomes_the_empty_one() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(share() / "data/tiny/tokenizer")
     rows = [Row(label=label, style=style) for label in SUBJECTS for style in STYLES]
-    texts = [text for row in rows for modifier in MODIFIERS for text in texts_of(row, modifier)]
-    assert len(texts) == len(rows) * len(MODIFIERS) * len(KINDS)
-    ids = tokenized(tokenizer, texts)
-    assert ids.shape == (len(texts), MAX_TOKENS)
+    ids, whole = prompted(tokenizer, [texts_of(row) for row in rows])
+    assert ids.shape == (len(rows), len(KINDS), MAX_TOKENS)
+    assert whole.all()
     assert not (ids == tokenizer.unk_token_id).any()
-    with pytest.raises(SystemExit, match="16 is the most"):
-        tokenized(tokenizer, ["apple " * 20])
+    long, fits = prompted(tokenizer, [["apple " * 20, "apple", ""]])
+    assert not fits.any()
+    assert torch.equal(long[0, 0], long[0, 2])
+    assert not torch.equal(long[0, 1], long[0, 2])
 
 
-@pytest.mark.parametrize("demo", ["demo", "demo_clay"])
+@pytest.mark.parametrize("demo", ["demo", "demo_poster"])
 def test_a_demo_trains_no_subject_that_it_is_judged_by(demo: str) -> None:
     folder = share() / "data" / demo
     learned = {file.stem for file in folder.glob("*.png")}
@@ -98,7 +132,7 @@ def test_a_demo_trains_no_subject_that_it_is_judged_by(demo: str) -> None:
     assert len(learned) == 28
 
 
-@pytest.mark.parametrize(("demo", "decibels"), [("demo", 24), ("demo_clay", 24)])
+@pytest.mark.parametrize(("demo", "decibels"), [("demo", 24), ("demo_poster", 24)])
 def test_the_bundled_vae_keeps_pictures_of_styles_that_it_never_saw(demo: str, decibels: float) -> None:
     files = sorted((share() / "data" / demo / "validation").glob("*.png"))
     vae = vaes.load_vae(share() / "data/tiny/vae")
