@@ -16,7 +16,7 @@ from flux2_lora.networks.transformers import blocks_in
 from flux2_lora.offload import AtOnce, Copies, Offload, OnStream
 from flux2_lora.stream import spread
 from flux2_lora.training.memory import MemorySpec, recompute_blocks
-from tests.unit.test_stream import BLOCKS, Adversary, Case, flux1, flux2, stream_blocks
+from tests.streamed import BLOCKS, Adversary, Case, flux1, flux2, stream_blocks
 
 
 @dataclass
