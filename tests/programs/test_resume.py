@@ -124,7 +124,7 @@ def test_other_pictures_are_noticed_and_refused_until_allowed(command: Command, 
 
 
 def test_allowed_changes_are_listed_and_impossible_ones_stay_refused(command: Command) -> None:
-    assert command("train", *QUICK, "max_steps=1", "name=run").code == 0
+    assert command("train", *QUICK, "max_steps=1", "name=run", "optimizer.lr=0.0003").code == 0
     allowed = command("train", *QUICK, "max_steps=2", "name=run", "optimizer.lr=0.001", "allow_change=true")
     assert allowed.code == 0
     assert "going on with other options: optimizer.lr: 0.0003 -> 0.001" in allowed.out

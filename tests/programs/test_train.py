@@ -99,7 +99,7 @@ def test_a_name_with_other_options_is_refused_and_both_values_are_named(command:
     assert command("train", *SHORT, "name=taken", "max_steps=1").code == 0
     refused = command("train", *SHORT, "name=taken", "optimizer.lr=0.01")
     assert refused.code == 2
-    assert "optimizer.lr: 0.0003 -> 0.01" in refused.err
+    assert "optimizer.lr: 0.0006 -> 0.01" in refused.err
 
 
 def test_accumulated_small_batches_learn_from_as_many_pictures(command: Command) -> None:
