@@ -34,14 +34,14 @@ def main() -> None:
 
 
 class Demo:
-    """Pictures of a style that were kept from training, 64 px, and their captions."""
+    """Pictures of a style that were kept from training, 128 px, and their captions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "validation"
 
     def picture(self, subject: str) -> Image.Image:
         with Image.open(self.folder / f"{slug(subject)}.png") as picture:
-            return picture.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+            return picture.convert("RGB")
 
     def prompt(self, subject: str) -> str:
         return (self.folder / f"{slug(subject)}.txt").read_text().strip()
@@ -51,14 +51,14 @@ def fills(pipeline: Pipeline, demo: Demo, seed: int) -> list[Section]:
     """The middle of each picture painted anew, and its right half."""
     pictures = [demo.picture(subject) for subject in FILLED]
     prompts = [demo.prompt(subject) for subject in FILLED]
-    middle = Image.new("L", (64, 64), 0)
-    ImageDraw.Draw(middle).rectangle((16, 16, 47, 47), fill=255)
-    grey = Image.new("RGB", (64, 64), "#bbbbbb")
+    middle = Image.new("L", pictures[0].size, 0)
+    ImageDraw.Draw(middle).rectangle((32, 32, 95, 95), fill=255)
+    grey = Image.new("RGB", pictures[0].size, "#bbbbbb")
     holes = [Image.composite(grey, picture, middle) for picture in pictures]
-    halves = [picture.crop((0, 0, 32, 64)) for picture in pictures]
+    halves = [picture.crop((0, 0, 64, 128)) for picture in pictures]
     pairs = list(zip(pictures, halves, prompts, strict=True))
     inpainted = [pipeline.inpaint(picture, middle, prompt, seed=seed) for picture, _, prompt in pairs]
-    outpainted = [pipeline.outpaint(half, prompt, right=32, seed=seed) for _, half, prompt in pairs]
+    outpainted = [pipeline.outpaint(half, prompt, right=64, seed=seed) for _, half, prompt in pairs]
     rows = {"picture": pictures, "hole": holes, "inpaint": inpainted, "half": halves, "outpaint": outpainted}
     return [Section(columns=prompts, rows=list(rows.items()))]
 
@@ -73,11 +73,11 @@ def modes(pipeline: Pipeline, demo: Demo, seed: int) -> list[Section]:
 
     face = demo.picture("grinning face")
     eyes = Image.new("L", face.size, 0)
-    ImageDraw.Draw(eyes).rectangle((8, 16, 55, 34), fill=255)
-    half = face.crop((0, 0, 32, 64))
+    ImageDraw.Draw(eyes).rectangle((16, 32, 111, 69), fill=255)
+    half = face.crop((0, 0, 64, 128))
     edits: dict[str, list[Image.Image | None]] = {
         "inpaint": [face, eyes, pipeline.inpaint(face, eyes, prompts[0], seed=seed)],
-        "outpaint": [half, None, pipeline.outpaint(half, prompts[0], right=32, seed=seed)],
+        "outpaint": [half, None, pipeline.outpaint(half, prompts[0], right=64, seed=seed)],
         "image to image": [base[1], None, pipeline.redraw(base[1], prompts[1], strength=0.4, seed=seed)],
         "upscale x 2": [drawn[0], None, pipeline.upscale(drawn[0], prompts[0], factor=2, strength=0.3, seed=seed)],
     }

@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from flux2_lora.devices import pick_device
 from flux2_lora.miniature.bundle import write_demos, write_model
 from flux2_lora.miniature.icons import install, rasterise
@@ -34,7 +36,9 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, default=Path("outputs/pretrain_tiny"))
     parser.add_argument("--start", type=Path, help="a Diffusers folder whose VAE or transformer is trained further")
-    parser.add_argument("--steps", type=int, default=12000, help="of the transformer")
+    parser.add_argument("--steps", type=int, help="of the VAE or the transformer, in all")
+    parser.add_argument("--batch", type=int, help="pictures a step")
+    parser.add_argument("--focused", action="store_true", help="transformer: on its subjects alone, mostly as drawn")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--device", default="auto")
     parser.add_argument(
@@ -47,15 +51,20 @@ def main() -> None:
 
 def run_stage(wanted: argparse.Namespace) -> None:
     work, start, device = wanted.work, wanted.start, pick_device(wanted.device)
+    torch.set_float32_matmul_precision("high")
     work.mkdir(parents=True, exist_ok=True)
     if wanted.stage == "data":
         install(work)
         rasterise(work)
     elif wanted.stage == "vae":
-        complete = train_vae(work, start / "vae" if start else None, device, wanted.minutes)
+        steps, batch = wanted.steps or 4000, wanted.batch or 16
+        begin = start / "vae" if start else None
+        complete = train_vae(work, begin, device, steps=steps, batch=batch, minutes=wanted.minutes)
         print("complete" if complete else GO_ON)
     elif wanted.stage == "transformer":
-        complete = train_prior(work, start, wanted.steps, device, wanted.minutes)
+        steps, batch = wanted.steps or 12000, wanted.batch or 32
+        size = {"steps": steps, "batch": batch, "focused": wanted.focused}
+        complete = train_prior(work, start, device, **size, minutes=wanted.minutes)
         print("complete" if complete else GO_ON)
     elif wanted.stage == "bundle":
         write_model(work, wanted.destination / "tiny")

@@ -2,6 +2,7 @@
 
     python scripts/pretrain_tiny.py data; python scripts/pretrain_tiny.py judge
     python scripts/prove_demo.py --seeds 0 1 2
+    python scripts/prove_demo.py --cases ink --seeds 0 lr=1e-3     with other settings than the default ones
 
 Trains on each demo style, and on the control: the same subjects in a style that the base knows, captions shuffled. What
 is told of each run: the validation loss on held-out pictures of the demo style over the base's; how many samples of
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from flux2_lora import Pipeline
 from flux2_lora.bundled import share
@@ -28,6 +30,7 @@ from flux2_lora.miniature.judge import Judge, load_judge
 from flux2_lora.miniature.subjects import COMMON
 
 BASE_STYLE = SETS[0].style
+CASES = ("ink", "poster", "control")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +58,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/pretrain_tiny"), help="where the judge is")
     parser.add_argument("--output", type=Path, default=Path("outputs/prove_demo"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    wanted = parser.parse_args()
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("options", nargs="*", help="of flux2-lora train")
+    wanted = parser.parse_intermixed_args()
     judge, data = load_judge(wanted.work), share() / "data"
     control = wanted.output / "control"
-    write_control(wanted.work, data / "demo", control)
+    if not control.is_dir():
+        write_control(wanted.work, data / "demo", control)
     cases = [
         Case(name="ink", folder=data / "demo", trigger=TRIGGERS[INK], look=INK.style),
         Case(name="poster", folder=data / "demo_poster", trigger=TRIGGERS[POSTER], look=POSTER.style),
@@ -70,11 +77,14 @@ def main() -> None:
             validation=data / "demo/validation",
         ),
     ]
+    base = Base()
     print("| style | seed | loss / base | style seen, base -> adapter | subject named, base -> adapter |")
     print("|---|---|---|---|---|", flush=True)
-    for case in cases:
+    for case in (case for case in cases if case.name in wanted.cases):
         for seed in wanted.seeds:
-            told = measured(case, trained(case, wanted.output, seed), judge)
+            options = [f"seed={seed}", f"device={wanted.device}", *wanted.options]
+            run = trained(case, f"{case.name}-{seed}", wanted.output, options)
+            told = measured(case, run, judge, base, wanted.device)
             look, subject = (f"{before:.2f} -> {after:.2f}" for before, after in (told.look, told.subject))
             print(f"| {case.name} | {seed} | {told.loss:.3f} | {look} | {subject} |", flush=True)
 
@@ -92,31 +102,42 @@ def write_control(work: Path, demo: Path, destination: Path) -> None:
             (destination / f"{name}.txt").write_text((demo / f"{other}.txt").read_text())
 
 
-def trained(case: Case, output: Path, seed: int) -> Path:
-    """The folder of a run with default settings, without previews; a finished run is not made again."""
-    name = f"{case.name}-{seed}"
-    options = [f"dataset.folder={case.folder}", f"seed={seed}", f"name={name}", f"output_dir={output}"]
+def trained(case: Case, name: str, output: Path, options: Sequence[str]) -> Path:
+    """The folder of a run with default settings but for these, without previews; what is there is not made again."""
+    where = [f"dataset.folder={case.folder}", f"name={name}", f"output_dir={output}", "preview.every=0"]
     if case.validation is not None:
-        options.append(f"dataset.validation={case.validation}")
-    command = [sys.executable, "-m", "flux2_lora", "train", *options, "preview.every=0", "device=cpu"]
+        where.append(f"dataset.validation={case.validation}")
+    command = [sys.executable, "-m", "flux2_lora", "train", *where, *options]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
     return output / name
 
 
-def measured(case: Case, run: Path, judge: Judge) -> Measured:
+class Base:
+    """What the base draws without an adapter: each list of prompts once, since it is the same in every run."""
+
+    def __init__(self) -> None:
+        self.drawn: dict[tuple[str, ...], list[Image.Image]] = {}
+
+    def draws(self, pipeline: Pipeline, prompts: Sequence[str]) -> list[Image.Image]:
+        if tuple(prompts) not in self.drawn:
+            pipeline.use([0.0])
+            self.drawn[tuple(prompts)] = pipeline.generate(prompts, seed=0)
+        return self.drawn[tuple(prompts)]
+
+
+def measured(case: Case, run: Path, judge: Judge, base: Base, device: str) -> Measured:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
-    pipeline = Pipeline.load(run, device="cpu")
+    pipeline = Pipeline.load(run, device=device)
     prompts = [f"{name}, {case.trigger} style" for name in COMMON]
     adapted = pipeline.generate(prompts, seed=0)
-    pipeline.use([0.0])
-    base = pipeline.generate(prompts, seed=0)
-    own = pipeline.generate([f"{name}, {BASE_STYLE} style" for name in COMMON], seed=0)
+    before = base.draws(pipeline, prompts)
+    own = base.draws(pipeline, [f"{name}, {BASE_STYLE} style" for name in COMMON])
     return Measured(
         loss=losses[-1] / losses[0],
-        look=(part(judge.looks(base), case.look), part(judge.looks(adapted), case.look)),
+        look=(part(judge.looks(before), case.look), part(judge.looks(adapted), case.look)),
         subject=(named(judge.subjects(own)), named(judge.subjects(adapted))),
     )
 

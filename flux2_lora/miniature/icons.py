@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-SIDE_PX = 64
+SIDE_PX = 128
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flux2_lora.miniature.icons import DEMOS, SIDE_PX, STYLES, having, load_pictures
+from flux2_lora.miniature.icons import DEMOS, STYLES, having, load_pictures
 from flux2_lora.miniature.subjects import COMMON
 
 UNSEEN = "emojitwo"
 LOOKS = (*STYLES, *(s.style for s in DEMOS))
 STEPS, BATCH = 1500, 64
+JUDGED_PX = 64  # what tells subjects and styles apart is to be seen at this size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +49,14 @@ class Judge:
 
 def pixels(picture: Image.Image) -> Tensor:
     """A picture as [3 64 64] in [-1, 1]."""
-    small = picture.convert("RGB").resize((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS)
+    small = picture.convert("RGB").resize((JUDGED_PX, JUDGED_PX), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def train_judge(work: Path) -> None:
     """Train both networks, tell what they get right, and write judge.pt."""
     pictures, rows = load_pictures(work)
+    pictures = F.interpolate(pictures, size=(JUDGED_PX, JUDGED_PX), mode="bicubic", antialias=True).clamp(-1, 1)
     common = torch.tensor([row.label in COMMON for row in rows])
     unseen = having(rows, styles=[UNSEEN])
     subjects = torch.tensor([COMMON.index(row.label) if row.label in COMMON else -1 for row in rows])

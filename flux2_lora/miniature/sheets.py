@@ -14,13 +14,13 @@ from flux2_lora.inference.curves import Line, drawing
 from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.inference.pipeline import Pipeline
 from flux2_lora.miniature.examples import held_out, texts_of
-from flux2_lora.miniature.icons import STYLES, Row, load_pictures
+from flux2_lora.miniature.icons import SIDE_PX, STYLES, Row, load_pictures
 from flux2_lora.miniature.judge import Judge, load_judge
 from flux2_lora.miniature.subjects import COMMON, SUBJECTS
 from flux2_lora.miniature.variants import HELD_OUT
 from flux2_lora.quantize import PrecisionSpec
 
-AT_ONCE = 32
+AT_ONCE = 16
 COLUMNS = 8
 
 
@@ -31,7 +31,7 @@ def open_miniature(folder: Path) -> Pipeline:
         path=str(folder),
         title="tiny",
         architecture_name="Flux.2-small",
-        resolution=64,
+        resolution=SIDE_PX,
         steps=20,
         cfg_scale=3.0,
     )

@@ -1,6 +1,6 @@
-"""What the bundled miniature can draw: names of emoji (Unicode's), chosen to be told apart at 64 px without a caption.
+"""What the bundled miniature can draw: names of emoji (Unicode's), chosen to be told apart without a caption.
 
-COMMON are the fifty that its drawing is judged by; they are drawn twice as often in training as OTHERS.
+COMMON are the fifty that its drawing is judged by; they are trained most, then OTHERS, then all other emoji.
 """
 
 from __future__ import annotations

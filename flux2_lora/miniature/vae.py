@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,29 @@ from torch.nn import functional as F
 from flux2_lora.miniature.icons import DEMOS, SETS, SIDE_PX, Row, having, load_pictures
 from flux2_lora.miniature.stages import Schedule, train_stage
 
-BATCH = 16
-FROM_NOTHING = Schedule(steps=4200, lr=4e-3)
-GOING_ON = Schedule(steps=2000, lr=2e-3, decay=0.9)
+SIDES = {SIDE_PX: 0.6, 96: 0.2, 64: 0.2}  # of its pictures in pixels, and how often
 
 
-def train_vae(work: Path, start: Path | None, device: torch.device, minutes: float) -> bool:
+def train_vae(work: Path, start: Path | None, device: torch.device, *, steps: int, batch: int, minutes: float) -> bool:
     """Train on every set but the demo's, and save a folder when the steps are done. start: a VAE to go on from."""
     pictures, rows = load_pictures(work)
     demo, held = having(rows, styles=[s.style for s in DEMOS]), hold_out(rows)
-    training = pictures[~held & ~demo]
+    training = pictures[~held & ~demo].to(device)
     unseen = {"base": pictures[held & ~demo]} | {s.style: pictures[having(rows, styles=[s.style])] for s in DEMOS}
     torch.manual_seed(0)
     vae = (load_vae(start) if start else make_vae()).to(device, memory_format=torch.channels_last)
     vae.train()
 
-    def loss_at(generator: torch.Generator) -> Tensor:
-        batch = augment(training[torch.randint(len(training), (BATCH,), generator=generator)], generator)
-        batch = batch.to(device, memory_format=torch.channels_last)
-        posterior = vae.encode(batch).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        error = vae.decode(posterior.mean + posterior.std * noise).sample - batch
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        index = torch.randint(len(training), (batch,), generator=generator, device=device)
+        [side] = random.Random(generator.initial_seed()).choices(list(SIDES), list(SIDES.values()))
+        sized = F.interpolate(training[index], size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+        noise = torch.randn(batch, 32, side // 8, side // 8, generator=generator, device=device)
+        return augment(sized, generator), noise
+
+    def loss_of(pictures: Tensor, noise: Tensor) -> Tensor:
+        posterior = vae.encode(pictures.to(memory_format=torch.channels_last)).latent_dist
+        error = vae.decode(posterior.mean + posterior.std * noise).sample - pictures
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         loss: Tensor = 4 * error.square().mean() + error.abs().mean() + 0.5 * edges + 2e-4 * kl
@@ -41,8 +44,8 @@ def train_vae(work: Path, start: Path | None, device: torch.device, minutes: flo
     def report() -> dict[str, float]:
         return {name: psnr(vae, shown[::8]) for name, shown in unseen.items()}
 
-    schedule = GOING_ON if start else FROM_NOTHING
-    if not train_stage(vae, schedule, work / "vae.pt", loss_at, report, minutes=minutes):
+    schedule = Schedule(steps=steps, lr=2e-3, decay=0.9) if start else Schedule(steps=steps, lr=4e-3)
+    if not train_stage(vae, schedule, work / "vae.pt", draw, loss_of, report, minutes=minutes):
         return False
     for name, shown in unseen.items():
         print(f"psnr of {len(shown)} pictures never seen, {name}: {psnr(vae, shown):.2f} dB")
@@ -83,26 +86,19 @@ def load_vae(folder: Path) -> Any:
 
 def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Flips, other inks and papers, grey and two-tone versions: no style may be too far to decode. [n 3 h w]"""
-    return torch.stack([_reprinted(_augmented(picture, generator), generator) for picture in pictures])
-
-
-def _reprinted(picture: Tensor, generator: torch.Generator) -> Tensor:
-    """Black and white of each channel become two random values, once in three times."""
-    often = torch.rand((), generator=generator)
-    black, white = torch.rand(2, 3, 1, 1, generator=generator) * 2 - 1
-    return torch.lerp(black, white, (picture + 1) / 2) if often < 1 / 3 else picture
-
-
-def _augmented(picture: Tensor, generator: torch.Generator) -> Tensor:
-    flip, kind, level = torch.rand(3, generator=generator).tolist()
-    flipped = picture.flip(-1) if flip < 0.5 else picture
-    if kind < 0.25:
-        return flipped[torch.randperm(3, generator=generator)]
-    if kind > 0.5:
-        return flipped
-    grey = flipped.mean(0, keepdim=True).expand(3, -1, -1)
+    draws = {"generator": generator, "device": pictures.device}
+    flip, kind, level, reprinted = torch.rand(4, len(pictures), 1, 1, 1, **draws)  # type: ignore[call-overload]
+    pictures = torch.where(flip < 0.5, pictures.flip(-1), pictures)
+    order = torch.rand(len(pictures), 3, **draws).argsort(1)  # type: ignore[call-overload]
+    swapped = pictures.gather(1, order[..., None, None].expand_as(pictures))
+    grey = pictures.mean(1, keepdim=True).expand_as(pictures)
     # Steep contrast around a random level gives ink on paper.
-    return ((grey - (level * 1.6 - 0.8)) * 8).clamp(-1, 1) if kind > 0.3 else grey
+    ink = ((grey - (level * 1.6 - 0.8)) * 8).clamp(-1, 1)
+    for most, version in ((0.5, ink), (0.3, grey), (0.25, swapped)):
+        pictures = torch.where(kind < most, version, pictures)
+    # Once in three times, black and white of each channel become two random values.
+    black, white = torch.rand(2, len(pictures), 3, 1, 1, **draws) * 2 - 1  # type: ignore[call-overload]
+    return torch.where(reprinted < 1 / 3, torch.lerp(black, white, (pictures + 1) / 2), pictures)
 
 
 def hold_out(rows: list[Row]) -> Tensor:

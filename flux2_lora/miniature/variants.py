@@ -6,6 +6,7 @@ teaches what all of these have in common, which is what an adapter for a new sty
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -18,13 +19,19 @@ from flux2_lora.miniature.icons import SIDE_PX
 
 RGB = tuple[float, float, float]
 WHITE: RGB = (1.0, 1.0, 1.0)
-# Height and width in pixels, and how often each is trained. A drawing on the larger ones is surrounded by paper, so
-# that what lies beyond an edge is known too.
+# Height and width in pixels, and how often each is trained. A drawing on the long ones lies beside bare paper, so that
+# what is beyond an edge is known too.
 SQUARE = (SIDE_PX, SIDE_PX)
-CANVASES = {SQUARE: 0.76, (64, 96): 0.08, (96, 64): 0.08, (96, 96): 0.08}
+CANVASES = {SQUARE: 0.7, (64, 64): 0.1, (96, 96): 0.06, (128, 192): 0.07, (192, 128): 0.07}
 PLACES = {"": 0.7, ", mirrored": 0.15, ", small": 0.15}
 SMALL = (0.5, 0.75)  # of its side
-COPIES = 3  # of each drawing on each of the larger papers, places and inks drawn for each
+# How often every drawing is printed on each, in places and inks that are drawn.
+COPIES = {SQUARE: 20, (64, 64): 4, (96, 96): 2, (128, 192): 2, (192, 128): 2}
+
+
+def colours(first: RGB, second: RGB, like: Tensor) -> Tensor:
+    """Both in [-1, 1], as [2 3 1 1]."""
+    return torch.tensor([first, second], device=like.device).view(2, 3, 1, 1) * 2 - 1
 
 
 def ramp(black: RGB, white: RGB) -> Callable[[Tensor], Tensor]:
@@ -32,7 +39,7 @@ def ramp(black: RGB, white: RGB) -> Callable[[Tensor], Tensor]:
 
     def inked(pictures: Tensor) -> Tensor:
         light = (pictures.mean(1, keepdim=True) + 1) / 2
-        low, high = torch.tensor([black, white]).view(2, 3, 1, 1) * 2 - 1
+        low, high = colours(black, white, light)
         return torch.lerp(low, high, light)
 
     return inked
@@ -40,18 +47,22 @@ def ramp(black: RGB, white: RGB) -> Callable[[Tensor], Tensor]:
 
 def on_paper(colour: RGB) -> Callable[[Tensor], Tensor]:
     """All colours, on a coloured paper that shines through."""
-    paper = torch.tensor(colour).view(3, 1, 1)
-    return lambda pictures: (pictures + 1) * paper - 1
+    return lambda pictures: (pictures + 1) * torch.tensor(colour, device=pictures.device).view(3, 1, 1) - 1
 
 
-def chalk(pictures: Tensor) -> Tensor:
-    """White lines where the picture changes, on a dark green board."""
-    padded = F.pad(pictures, (1, 1, 1, 1), mode="replicate")
-    across = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
-    down = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
-    edge = (across.abs() + down.abs()).amax(1, keepdim=True).clamp(0, 1)
-    board, white = torch.tensor([(0.08, 0.25, 0.2), WHITE]).view(2, 3, 1, 1) * 2 - 1
-    return torch.lerp(board, white, edge)
+def lines(line: RGB, board: RGB) -> Callable[[Tensor], Tensor]:
+    """Lines where the picture changes, on a board of one colour."""
+
+    def drawn(pictures: Tensor) -> Tensor:
+        wide = max(pictures.shape[-1] // 64, 1)
+        padded = F.pad(pictures, (wide, wide, wide, wide), mode="replicate")
+        across = padded[..., wide:-wide, 2 * wide :] - padded[..., wide:-wide, : -2 * wide]
+        down = padded[..., 2 * wide :, wide:-wide] - padded[..., : -2 * wide, wide:-wide]
+        edge = (across.abs() + down.abs()).amax(1, keepdim=True).clamp(0, 1)
+        low, high = colours(board, line, edge)
+        return torch.lerp(low, high, edge)
+
+    return drawn
 
 
 INKS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -64,7 +75,8 @@ INKS: dict[str, Callable[[Tensor], Tensor]] = {
     ", on blue": on_paper((0.6, 0.78, 1.0)),
     ", on green": on_paper((0.7, 0.92, 0.68)),
     ", on pink": on_paper((1.0, 0.78, 0.85)),
-    ", in white": chalk,
+    ", in chalk": lines(WHITE, (0.08, 0.25, 0.2)),
+    ", in pen": lines((0.3, 0.16, 0.06), (0.97, 0.92, 0.8)),
 }
 PLAIN = 0.5  # how often a picture keeps its own inks
 # Pairs of place and ink that no picture is trained in.
@@ -72,48 +84,47 @@ HELD_OUT = ((", mirrored", ", in grey"), (", small", ", in blue"), (", mirrored"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A drawing, by its index, on a canvas (height and width, px), in a place and an ink; how often is relative."""
+class Print:
+    """Drawings, by their indices, on one canvas (height and width, px), in one place and one ink.
 
-    drawing: int
+    where: how large they are if they are small, how far to the right and how far down they lie, each in [0, 1].
+    """
+
+    drawings: Sequence[int]
     canvas: tuple[int, int]
     place: str
     ink: str
-    often: float = 1.0
+    where: tuple[float, float, float]
 
 
-def variants(drawings: int, canvas: tuple[int, int], generator: torch.Generator) -> Iterator[Variant]:
-    """Every drawing on a canvas: in every place and ink on the square that it was drawn for, else in some of them."""
-    for drawing in range(drawings):
-        if canvas == SQUARE:
-            for place, ink in product(PLACES, INKS):
-                often = PLACES[place] * inked(ink)
-                yield Variant(drawing=drawing, canvas=canvas, place=place, ink=ink, often=often)
-            continue
-        for _ in range(COPIES):
-            place = pick(list(PLACES), list(PLACES.values()), generator)
-            ink = pick(list(INKS), [inked(ink) for ink in INKS], generator)
-            yield Variant(drawing=drawing, canvas=canvas, place=place, ink=ink)
+def prints(drawings: int, canvas: tuple[int, int], copies: int, draw: random.Random) -> Iterator[Print]:
+    """All drawings on a canvas, so many times, each time in other company; on the square once more as they are."""
+    if canvas == SQUARE:
+        for part in parts(range(drawings)):
+            yield Print(drawings=part, canvas=canvas, place="", ink="", where=(0.0, 0.0, 0.0))
+    pairs = [(place, ink) for place, ink in product(PLACES, INKS) if (place, ink) not in HELD_OUT]
+    often = [PLACES[place] * (PLAIN if not ink else (1 - PLAIN) / (len(INKS) - 1)) for place, ink in pairs]
+    for _ in range(copies):
+        for part in parts(draw.sample(range(drawings), drawings)):
+            [(place, ink)] = draw.choices(pairs, often)
+            where = (draw.random(), draw.random(), draw.random())
+            yield Print(drawings=part, canvas=canvas, place=place, ink=ink, where=where)
 
 
-def inked(ink: str) -> float:
-    return (1 - PLAIN) / (len(INKS) - 1) if ink else PLAIN
+def parts(drawings: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (drawings[start : start + 64] for start in range(0, len(drawings), 64))
 
 
-def pick(names: Sequence[str], weights: Sequence[float], generator: torch.Generator) -> str:
-    return names[int(torch.multinomial(torch.tensor(weights), 1, generator=generator))]
-
-
-def made(drawing: Tensor, variant: Variant, generator: torch.Generator) -> Tensor:
-    """A drawing [3 h w] in [-1, 1] as its variant: [3 *canvas], places on its paper drawn from the generator."""
-    height, width = variant.canvas
-    scale, right, down = torch.rand(3, generator=generator).tolist()
+def printed(drawings: Tensor, one: Print) -> Tensor:
+    """All of its drawings, out of those [n 3 h w] in [-1, 1], printed: [m 3 *canvas]."""
+    height, width = one.canvas
+    scale, right, down = one.where
     side = min(height, width)
-    if "small" in variant.place:
+    if "small" in one.place:
         side = round(side * (SMALL[0] + (SMALL[1] - SMALL[0]) * scale))
-    sized = F.interpolate(drawing[None], size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    sized = F.interpolate(drawings[one.drawings], size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
     left, top = round((width - side) * right), round((height - side) * down)
     placed = F.pad(sized, (left, width - side - left, top, height - side - top), value=1.0)
-    if "mirrored" in variant.place:
+    if "mirrored" in one.place:
         placed = placed.flip(-1)
-    return INKS[variant.ink](placed)[0]
+    return INKS[one.ink](placed)

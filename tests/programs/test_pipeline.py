@@ -86,7 +86,7 @@ def test_a_small_mask_on_a_large_picture_is_worked_at_the_size_of_training(
 
     monkeypatch.setattr(starts, "draw_from", watched)
     after = values(pipeline.inpaint(picture, hole(picture.size, box), "red apple", padding_px=8, **QUICK))
-    assert worked == [(64, 64)]
+    assert worked == [(128, 128)]
     kept = np.asarray(hole(picture.size, box)) == 0
     assert np.array_equal(after[kept], values(picture)[kept])
     assert (after[~kept] != values(picture)[~kept]).mean() > 0.5
@@ -111,9 +111,9 @@ def test_upscale_needs_no_more_memory_a_step_than_a_tile(pipeline: Pipeline, mon
         return velocity(family, transformer, latents, *given)
 
     monkeypatch.setattr(type(pipeline.family), "velocity", watched)
-    after = pipeline.upscale(photo(64, 64), "red apple", factor=2.5, **QUICK)
-    assert after.size == (160, 160)
-    assert set(seen) == {(4, 4)}
+    after = pipeline.upscale(photo(128, 128), "red apple", factor=2.5, **QUICK)
+    assert after.size == (320, 320)
+    assert set(seen) == {(8, 8)}
 
 
 def test_merged_adapters_draw_what_live_ones_draw(pipeline: Pipeline, trained: Path) -> None:

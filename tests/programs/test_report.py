@@ -54,9 +54,9 @@ def test_a_run_leaves_its_texts_its_edits_and_thumbnails_of_what_it_learned_from
             Image.open(previews / f"step-000004/{name}.png") as result,
             Image.open(previews / f"{name}-mask.png") as mask,
         ):
-            assert result.size == mask.size == (64, 64)
+            assert result.size == mask.size == (128, 128)
     with Image.open(previews / "outpaint-picture.png") as left:
-        assert left.size == (32, 64)
+        assert left.size == (64, 128)
     assert len(list((previews / "training").glob("*.webp"))) == 24
 
 
