@@ -36,8 +36,9 @@ def train_prior(
     def draw(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         latents, tokens = examples.draw(batch, generator)
         mu = linear_mu(latents.shape[-1] * latents.shape[-2])
-        drawn = LEVEL[0] + LEVEL[1] * torch.randn(batch, generator=generator, device=device)
-        sigmas = shift_sigmas(torch.sigmoid(drawn), mu)
+        mean, deviation = LEVEL
+        logits = mean + deviation * torch.randn(batch, generator=generator, device=device)
+        sigmas = shift_sigmas(torch.sigmoid(logits), mu)
         return latents, tokens, sigmas, torch.randn(latents.shape, generator=generator, device=device)
 
     def loss_of(latents: Tensor, tokens: Tensor, sigmas: Tensor, noise: Tensor) -> Tensor:
@@ -52,10 +53,8 @@ def train_prior(
         text_encoder.save_pretrained(work / "text_encoder")
         told = {}
         for name, (latents, tokens) in examples.told.items():
-            sigmas, generator = (
-                torch.linspace(0.05, 0.95, len(latents)).to(device),
-                torch.Generator(device).manual_seed(1),
-            )
+            generator = torch.Generator(device).manual_seed(1)
+            sigmas = torch.linspace(0.05, 0.95, len(latents), device=device)
             noise = torch.randn(latents.shape, generator=generator, device=device)
             told[name] = loss_of(latents, tokens, sigmas, noise).item()
         return told

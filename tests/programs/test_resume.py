@@ -250,7 +250,7 @@ def test_a_run_ends_early_when_it_has_waited_long_enough(command: Command) -> No
         "batch_size=2",
         "preview.every=0",
         "checks=false",
-        "optimizer.lr=1e-12",
+        "optimizer.lr=1e-30",
         "optimizer.warmup_steps=0",
     )
     ended = command("train", *options, "validation.every=1", "validation.patience=2", "max_steps=9", "name=early")

@@ -73,7 +73,7 @@ def test_memory_that_runs_out_in_a_preview_is_passed_over_and_in_a_step_ends_the
 
 
 def test_a_run_follows_the_plan_for_its_budget_and_draws_the_same(trained: Path, command: Command) -> None:
-    budget = ("hardware=8gb", "hardware.reserved_gb=0.001", "hardware.context_gb=0.001", "hardware.vram_gb=0.022")
+    budget = ("hardware=8gb", "hardware.reserved_gb=0.001", "hardware.context_gb=0.001", "hardware.vram_gb=0.0265")
     outcome = command("train", *SHORT, "preview.every=4", "preview.steps=2", "name=short", *budget)
     assert outcome.code == 0, outcome.err
     assert "planned   streamed" in outcome.out
