@@ -2,7 +2,7 @@
 
     python scripts/pretrain_tiny.py data; python scripts/pretrain_tiny.py judge
     python scripts/prove_demo.py --seeds 0 1 2
-    python scripts/prove_demo.py --cases ink --seeds 0 lr=1e-3     with other settings than the default ones
+    python scripts/prove_demo.py optimizer.lr=1e-3 --cases ink     with other settings than the default ones
 
 Trains on each demo style, and on the control: the same subjects in a style that the base knows, captions shuffled. What
 is told of each run: the validation loss on held-out pictures of the demo style over the base's; how many samples of
