@@ -136,6 +136,12 @@ def mix(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     return (1 - level) * latents + level * noise
 
 
+def raise_noise(x: Tensor, sigma: float, to: float, noise: Tensor) -> Tensor:
+    """x at noise level sigma < 1, taken to the higher level `to`. x and fresh standard normal noise: [b c h w]."""
+    kept = (1 - to) / (1 - sigma)
+    return kept * x + math.sqrt(to**2 - (kept * sigma) ** 2) * noise
+
+
 def velocity_error(
     predicted: Tensor, target: Tensor, mask: Tensor | None = None, *, delta: float | None = None
 ) -> Tensor:

@@ -2,7 +2,7 @@
 
 A `Velocity` maps (x [b c h w], sigma in [0, 1]) to dx/dsigma. A step from sigma to a smaller sigma' is
 x + (sigma' - sigma) v. `on_step` may replace x after each step; inpainting is such a callback. `guided` makes one
-velocity of two.
+velocity of two, `resampled` a sampler that takes its steps again and again.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from flux2_lora.flow import shift_sigmas
+from flux2_lora.flow import raise_noise, shift_sigmas
 
 Velocity = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[Tensor, float], Tensor]
+Sampler = Callable[[Velocity, Tensor, Tensor, OnStep | None], Tensor]
 
 
 def empirical_mu(tokens: int, steps: int) -> float:
@@ -89,4 +90,25 @@ def _after(x: Tensor, sigma: float, on_step: OnStep | None) -> Tensor:
     return x if on_step is None else on_step(x, sigma)
 
 
-SAMPLERS: Mapping[str, Callable[[Velocity, Tensor, Tensor, OnStep | None], Tensor]] = {"euler": euler, "heun": heun}
+def resampled(sampler: Sampler, times: int, seed: int) -> Sampler:
+    """The sampler with each step taken so many times: down, up with fresh noise, and down again.
+
+    So what `on_step` puts back is heeded by the rest. Steps from pure noise and to none are taken once, since nothing
+    would be left of what came before. Lugmayr et al. 2022 (arXiv:2201.09865), alg. 1, with jumps of one step. seed: of
+    the fresh noise, which is the same for all of a batch.
+    """
+
+    def sample(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+        fresh = torch.Generator().manual_seed(seed)
+        for step in sigmas.unfold(0, 2, 1):
+            now, after = step.tolist()
+            x = sampler(velocity, x, step, on_step)
+            for _ in range(times - 1 if now < 1 and after > 0 else 0):
+                noise = torch.randn(x.shape[1:], generator=fresh).to(x)
+                x = sampler(velocity, raise_noise(x, after, now, noise), step, on_step)
+        return x
+
+    return sample
+
+
+SAMPLERS: Mapping[str, Sampler] = {"euler": euler, "heun": heun}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -17,6 +18,7 @@ from flux2_lora.bundled import share
 from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.miniature.icons import slug
 
+RESAMPLE = 4  # as the previews of training do
 FILLED = ("grinning face", "cat face", "red heart", "angry face", "panda", "red apple", "star", "ghost")
 
 
@@ -57,8 +59,9 @@ def fills(pipeline: Pipeline, demo: Demo, seed: int) -> list[Section]:
     holes = [Image.composite(grey, picture, middle) for picture in pictures]
     halves = [picture.crop((0, 0, 64, 128)) for picture in pictures]
     pairs = list(zip(pictures, halves, prompts, strict=True))
-    inpainted = [pipeline.inpaint(picture, middle, prompt, seed=seed) for picture, _, prompt in pairs]
-    outpainted = [pipeline.outpaint(half, prompt, right=64, seed=seed) for _, half, prompt in pairs]
+    often: dict[str, Any] = {"seed": seed, "resample": RESAMPLE}
+    inpainted = [pipeline.inpaint(picture, middle, prompt, **often) for picture, _, prompt in pairs]
+    outpainted = [pipeline.outpaint(half, prompt, right=64, **often) for _, half, prompt in pairs]
     rows = {"picture": pictures, "hole": holes, "inpaint": inpainted, "half": halves, "outpaint": outpainted}
     return [Section(columns=prompts, rows=list(rows.items()))]
 
@@ -76,8 +79,8 @@ def modes(pipeline: Pipeline, demo: Demo, seed: int) -> list[Section]:
     ImageDraw.Draw(eyes).rectangle((16, 32, 111, 69), fill=255)
     half = face.crop((0, 0, 64, 128))
     edits: dict[str, list[Image.Image | None]] = {
-        "inpaint": [face, eyes, pipeline.inpaint(face, eyes, prompts[0], seed=seed)],
-        "outpaint": [half, None, pipeline.outpaint(half, prompts[0], right=64, seed=seed)],
+        "inpaint": [face, eyes, pipeline.inpaint(face, eyes, prompts[0], seed=seed, resample=RESAMPLE)],
+        "outpaint": [half, None, pipeline.outpaint(half, prompts[0], right=64, seed=seed, resample=RESAMPLE)],
         "image to image": [base[1], None, pipeline.redraw(base[1], prompts[1], strength=0.4, seed=seed)],
         "upscale x 2": [drawn[0], None, pipeline.upscale(drawn[0], prompts[0], factor=2, strength=0.3, seed=seed)],
     }

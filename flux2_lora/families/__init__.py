@@ -64,9 +64,10 @@ class ModelSpec:
 
     path: a Diffusers folder, a hub id, or a file of the transformer; components: a folder or hub id with the rest, for
     a path that holds the transformer alone. title: as file managers show it; architecture_name: as ModelSpec headers
-    spell it. max_sequence_length: tokens of a prompt, null for the family's own. distilled: made for few steps, to be
-    sampled and not trained; train_distilled trains it all the same. base_prompts: what it draws in styles of its own.
-    licence: as the hub spells it. geometry: of the model under `path` while it is not on this machine, for plans.
+    spell it. resample: how often each step is taken in previews that edit. max_sequence_length: tokens of a prompt,
+    null for the family's own. distilled: made for few steps, to be sampled and not trained; train_distilled trains it
+    all the same. base_prompts: what it draws in styles of its own. licence: as the hub spells it. geometry: of the
+    model under `path` while it is not on this machine, for plans.
     """
 
     family: str
@@ -77,6 +78,7 @@ class ModelSpec:
     resolution: int = 1024
     steps: int = 50
     cfg_scale: float = 1.0
+    resample: int = option(1, at_least=1)
     guidance: float | None = None
     max_sequence_length: int | None = option(None, at_least=1, at_most=512)
     licence: str | None = None

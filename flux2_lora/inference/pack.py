@@ -41,6 +41,7 @@ from flux2_lora.inference.starts import Start
 _CHUNK = "flux2_lora"
 _INPUT = re.compile(rf"[0-9a-f]{{8}}-(?:{PICTURE}|{ORIGINAL}|{MASK}|{LATENT_MASK}|{SHOWN_MASK}|reference-\d+)\.png")
 _NAMES = ("workflow.api.json", "workflow.json", "with_diffusers.py")  # diffusers.py would import itself
+_COPIES = ("seams.py", "tiles.py")
 
 
 def save_picture(picture: Image.Image, path: Path, settings: Settings) -> None:
@@ -105,7 +106,7 @@ def write_pack(folder: Path, settings: Settings, *others: Settings) -> list[Path
     """
     _forget_inputs(folder, [settings, *others])
     if not settings.elsewhere:
-        for name in _NAMES:
+        for name in (*_NAMES, *_COPIES):
             (folder / name).unlink(missing_ok=True)
         return []
     contents = {

@@ -37,6 +37,7 @@ from flux2_lora.lora_files import read_loras
 from flux2_lora.options import from_mapping
 from flux2_lora.planning.hardware import HardwareSpec, card_of
 from flux2_lora.quantize import PrecisionSpec, load_frozen, trial_of
+from flux2_lora.samplers import SAMPLERS
 from flux2_lora.training.memory import MemorySpec, compile_blocks
 from flux2_lora.training.progress import console
 
@@ -175,18 +176,20 @@ class Pipeline:
         feather_px: int = 0,
         crop: str = "auto",
         padding_px: int = 64,
+        resample: int = 1,
         **options: Any,
     ) -> Image.Image:
         """Repaint where `mask` is bright or transparent; every other pixel of `image` comes back as it was.
 
         A mask of another size is resized. feather_px: fade inwards over so many pixels. crop: always, never, or auto:
         work only on what lies within `padding_px` of the mask, enlarged to the area that the model draws, where the
-        picture is larger than that. options: references and those of a recipe.
+        picture is larger than that. resample: how often each step is taken: what is painted fits better what is kept,
+        and takes so many times as long. options: references and those of a recipe.
         """
         start = self.to_inpaint(image, mask, feather_px=feather_px, crop=crop, padding_px=padding_px)
         if start is None:
             return image.convert("RGB")
-        return self.draw_from(start, [prompt], strength=strength, **options)[0]
+        return self.draw_from(start, [prompt], strength=strength, resample=resample, **options)[0]
 
     def outpaint(
         self,
@@ -249,10 +252,11 @@ class Pipeline:
         prompts: Sequence[str],
         *,
         strength: float,
+        resample: int = 1,
         references: Sequence[Image.Image] = (),
         **recipe: Any,
     ) -> list[Image.Image]:
-        """A picture for each prompt. strength: how much of the start is redrawn, in [0, 1]."""
+        """A picture for each prompt. strength: how much of the start is redrawn, in [0, 1]; resample: see `inpaint`."""
         if not 0 <= strength <= 1:
             raise UserError(f"strength={strength:g} is out of range", "give a number from 0 to 1")
         how, step = replace(self.recipe, **recipe), self.family.pixels_per_token
@@ -270,6 +274,7 @@ class Pipeline:
                 seed=how.seed,
                 strength=strength,
                 sampler=how.sampler,
+                resample=resample,
             )
 
         self._encode(prompts, how)
@@ -285,7 +290,7 @@ class Pipeline:
         def draw(part: Sequence[str]) -> list[Image.Image]:
             noise = initial_noise(self.family, *size, [how.seed]).to(self.device).expand(len(part), -1, -1, -1)
             prompted = self._prompted(part, how, looked_at)
-            latents = generate(self.family, self.transformer, prompted, noise, how.steps, sampler=how.sampler)
+            latents = generate(self.family, self.transformer, prompted, noise, how.steps, sampler=SAMPLERS[how.sampler])
             return decoded(self.family, self.vae, latents)
 
         self._encode(prompts, how)

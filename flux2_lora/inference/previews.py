@@ -50,7 +50,10 @@ EDITED = len(EDITS)  # rows that edit a picture
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewSpec:
-    """every: steps between previews (0: none); prompts: rows, empty for captions of the pictures; edits: edit rows."""
+    """every: steps between previews (0: none); prompts: rows, empty for captions of the pictures; edits: edit rows.
+
+    resample: how often each step of an edit row is taken.
+    """
 
     every: int = option(100, at_least=0)
     prompts: list[str] = field(default_factory=list)
@@ -60,6 +63,7 @@ class PreviewSpec:
     cfg_scale: float = option(1.0, at_least=0)
     guidance: float | None = option(None, at_least=0)
     edits: bool = True
+    resample: int = option(1, at_least=1)
 
     @property
     def recipe(self) -> Recipe:
@@ -248,6 +252,7 @@ class Previewer:
                 width=mask.width,
                 mode=name,
                 strength=1.0,
+                resample=self.spec.resample,
             )
             save_picture(result, here / f"{name}.png", settings)
             rows.append((f"{name}: {self.scene.edited_text}", [edit.picture, edit.mask, result]))
@@ -256,7 +261,8 @@ class Previewer:
     def _paint(self, transformer: nn.Module, picture: Image.Image, mask: Image.Image) -> Image.Image:
         prompted = self._prompted(self.scene.edited_conditioning)
         start = under_mask(picture, mask, self.family.pixels_per_token, box=(0, 0, *picture.size))
-        return draw_from(start, self.family, transformer, self.vae, prompted, self.spec.steps)[0]
+        parts = self.family, transformer, self.vae, prompted
+        return draw_from(start, *parts, self.spec.steps, resample=self.spec.resample)[0]
 
     def _prompted(self, positive: Conditioning) -> Prompted:
         return Prompted(

@@ -20,7 +20,7 @@ from flux2_lora.families import ModelFamily
 from flux2_lora.flow import mix
 from flux2_lora.latents import Posterior
 from flux2_lora.options import option
-from flux2_lora.samplers import SAMPLERS, OnStep, Velocity, from_strength, guided, schedule
+from flux2_lora.samplers import SAMPLERS, OnStep, Sampler, Velocity, euler, from_strength, guided, schedule
 from flux2_lora.tiles import tiled
 from flux2_lora.training.shortage import cause_of
 
@@ -100,7 +100,7 @@ def generate(
     *,
     start: Tensor | None = None,
     strength: float = 1.0,
-    sampler: str = "euler",
+    sampler: Sampler = euler,
     sigmas: Tensor | None = None,
     tile: int | None = None,
     on_step: OnStep | None = None,
@@ -120,7 +120,7 @@ def generate(
     if start is not None:
         level = torch.full((len(noise),), float(sigmas[0]), device=noise.device)
         noise = mix(start.expand_as(noise), noise, level)
-    return SAMPLERS[sampler](velocity, noise, sigmas, on_step)
+    return sampler(velocity, noise, sigmas, on_step)
 
 
 def split_to_fit(make: Callable[[Sequence[Item]], list[Made]], items: Sequence[Item]) -> list[Made]:

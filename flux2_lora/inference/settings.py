@@ -47,8 +47,8 @@ class Settings:
     guidance: the embedded scale, None exactly where the model has no guidance embedding; cfg_scale: true CFG above 1.
     adapters: (file, strength); strength: how much of a picture was redrawn, None for text to image. height, width: px,
     as asked for. max_sequence_length: tokens of a prompt, None for the family's own. references: how many pictures the
-    model looked at; blocks: where alone the adapters acted. inputs: the pictures it was drawn from, None where they
-    were not kept.
+    model looked at; blocks: where alone the adapters acted; resample: how often a step was taken under a mask. inputs:
+    the pictures it was drawn from, None where they were not kept.
     """
 
     family: str
@@ -67,6 +67,7 @@ class Settings:
     adapters: tuple[tuple[str, float], ...] = ()
     mode: str = TEXT_TO_IMAGE
     strength: float | None = None
+    resample: int = 1
     max_sequence_length: int | None = None
     references: int = 0
     blocks: tuple[str, ...] = ()
@@ -75,7 +76,9 @@ class Settings:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether a workflow and a script can draw the same: all that it was drawn from is there."""
+        """Whether a workflow and a script can draw the same: all is there, and no step was taken twice."""
+        if self.resample > 1:
+            return False
         return self.inputs is not None or (self.mode == TEXT_TO_IMAGE and not self.references)
 
     @property

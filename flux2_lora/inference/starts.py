@@ -17,7 +17,7 @@ from flux2_lora.families import ModelFamily
 from flux2_lora.inference.edit import Box, keep_outside, lay_over, padded
 from flux2_lora.inference.pictures import decoded, encoded, fit
 from flux2_lora.inference.sampling import Prompted, generate, start_and_noise
-from flux2_lora.samplers import from_level
+from flux2_lora.samplers import SAMPLERS, from_level, resampled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,12 +107,17 @@ def draw_from(
     seed: int = 0,
     strength: float = 1.0,
     sampler: str = "euler",
+    resample: int = 1,
 ) -> list[Image.Image]:
-    """One picture for each prompt of `prompted`, all of the same noise. strength: how much is redrawn, in [0, 1]."""
+    """One picture for each prompt of `prompted`, all of the same noise. strength: how much is redrawn, in [0, 1].
+
+    resample: how often each step is taken where a region is painted, see `resampled`.
+    """
     device = prompted.positive.embeds.device
     latents, noise = start_and_noise(family, encoded(family, vae, start.picture, device), seed)
-    kept = None
+    kept, taken = None, SAMPLERS[sampler]
     if start.region is not None:
+        taken = resampled(taken, resample, seed)
         grey = torch.from_numpy(np.array(start.region.tokens))[None, None].float().to(device) / 255
         kept = keep_outside(grey, latents, noise)
     result = generate(
@@ -123,7 +128,7 @@ def draw_from(
         steps,
         start=latents,
         strength=strength,
-        sampler=sampler,
+        sampler=taken,
         sigmas=None if start.tile is None else from_level(steps, strength),
         tile=start.tile,
         on_step=kept,

@@ -130,7 +130,7 @@ def load_examples(work: Path, tokenizer: Any, device: torch.device, *, focused: 
 def weight(row: Row, one: Print, *, focused: bool) -> float:
     """How often a print is trained, relative to others."""
     if focused:
-        return (12.0 if row.label in COMMON else 1.0) * (1.0 if one.place or one.ink else 4.0)
+        return (6.0 if row.label in COMMON else 1.0) * (1.0 if one.place or one.ink else 2.0)
     return 4.0 if row.label in COMMON else 2.0 if row.label in SUBJECTS else 1.0
 
 

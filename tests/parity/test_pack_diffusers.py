@@ -22,6 +22,7 @@ from flux2_lora.inference.pictures import decoded
 from flux2_lora.inference.sampling import Prompted, generate, initial_noise
 from flux2_lora.inference.settings import Settings
 from flux2_lora.quantize import PrecisionSpec, load_frozen
+from flux2_lora.samplers import SAMPLERS
 from tests import miniatures
 
 CPU = torch.device("cpu")
@@ -144,7 +145,7 @@ def ours(settings: Settings, adapter: Adapter, prompts: list[str]) -> list[np.nd
             positive=positive, negative=negative, cfg_scale=settings.cfg_scale, guidance=settings.guidance
         )
         noise = initial_noise(family, settings.height, settings.width, [settings.seed])
-        latents = generate(family, transformer, prompted, noise, settings.steps, sampler=settings.sampler)
+        latents = generate(family, transformer, prompted, noise, settings.steps, sampler=SAMPLERS[settings.sampler])
         pictures.append(np.asarray(decoded(family, model.load_vae(CPU), latents)[0]).astype(float))
     return pictures
 

@@ -100,6 +100,23 @@ def test_a_ratio_is_reached_and_the_picture_kept(command: Command) -> None:
     assert np.array_equal(after[:, 32:160], pixels(FACE))
 
 
+def test_what_is_resampled_is_drawn_anew_and_has_no_workflow(command: Command) -> None:
+    ImageDraw.Draw(mask := Image.new("L", (128, 128), 0)).rectangle((40, 40, 90, 90), fill=255)
+    mask.save("mask.png")
+    drawn = []
+    for options in ([], ["resample=3"]):
+        outcome = command("edit", "steps=3", "device=cpu", f"image={FACE}", "mask=mask.png", *options)
+        assert outcome.code == 0
+        drawn.append(np.asarray(Image.open("outputs/edit/0000.png")))
+    assert "resample=3 is of this program alone" in outcome.out
+    assert read_settings(Path("outputs/edit/0000.png")).resample == 3
+    assert not [*Path("outputs/edit").glob("*.json"), *Path("outputs/edit").glob("*.py")]
+    assert "workflow" not in Image.open("outputs/edit/0000.png").info
+    kept = np.asarray(mask) == 0
+    assert np.array_equal(drawn[0][kept], drawn[1][kept])
+    assert not np.array_equal(drawn[0][~kept], drawn[1][~kept])
+
+
 def test_a_mask_of_another_size_is_resized_and_that_is_said_once(command: Command) -> None:
     mask = Image.new("L", (16, 16), 0)
     ImageDraw.Draw(mask).rectangle((0, 0, 7, 15), fill=255)

@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flux2_lora import latents as geometry
-from flux2_lora.flow import TimestepSpec, draw_sigma, generator, linear_mu, mix, shift_sigmas, velocity_error
-from flux2_lora.samplers import SAMPLERS, empirical_mu, euler, from_level, from_strength, guided, schedule
+from flux2_lora.flow import (
+    TimestepSpec,
+    draw_sigma,
+    generator,
+    linear_mu,
+    mix,
+    raise_noise,
+    shift_sigmas,
+    velocity_error,
+)
+from flux2_lora.samplers import SAMPLERS, empirical_mu, euler, from_level, from_strength, guided, resampled, schedule
 from flux2_lora.tiles import tiled
 
 
@@ -101,6 +110,40 @@ def test_every_sampler_returns_the_picture_from_its_true_velocity(sampler: str) 
         start = mix(picture, noise, sigmas[:1].expand(2))
         end = SAMPLERS[sampler](lambda _x, _s: noise - picture, start, sigmas, None)
         torch.testing.assert_close(end, picture, atol=1e-5, rtol=0)
+
+
+@given(sigma=st.floats(0, 0.99), further=st.floats(0, 1))
+def test_noise_is_raised_to_what_a_picture_has_at_the_higher_level(sigma: float, further: float) -> None:
+    """Of a picture z and independent noises of variance 1: z counts 1 - to, and the noises to^2 together."""
+    to, nothing, one = sigma + (1 - sigma) * further, torch.zeros(1), torch.ones(1)
+    z = raise_noise((1 - sigma) * one, sigma, to, nothing)
+    first, second = raise_noise(sigma * one, sigma, to, nothing), raise_noise(nothing, sigma, to, one)
+    assert z.item() == pytest.approx(1 - to, abs=1e-5)
+    assert first.square().item() + second.square().item() == pytest.approx(to**2, abs=1e-5)
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_a_step_that_is_taken_again_heeds_what_is_put_back(sampler: str) -> None:
+    """Two values that are nearly the same, one of them known: the other one is drawn near to it, from any noise."""
+    precision, known, steps = 0.999, 2.0, schedule(20, 1.0)
+    covariance = torch.tensor([[1, precision], [precision, 1]])
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        """Of the mean of all pictures that x may be: noise - picture."""
+        of_x = (1 - sigma) ** 2 * covariance + sigma**2 * torch.eye(2)
+        return x @ torch.linalg.solve(of_x, sigma * torch.eye(2) - (1 - sigma) * covariance)
+
+    noise = torch.randn(500, 2, generator=generator("two values"))
+
+    def put_back(x: Tensor, sigma: float) -> Tensor:
+        return torch.stack([(1 - sigma) * known + sigma * noise[:, 0], x[:, 1]], dim=1)
+
+    def off(times: int) -> float:
+        drawn = resampled(SAMPLERS[sampler], times, 0)(velocity, noise, steps, put_back)
+        return float((drawn[:, 1] - known).abs().mean())
+
+    assert off(1) == float((SAMPLERS[sampler](velocity, noise, steps, put_back)[:, 1] - known).abs().mean())
+    assert off(8) < 0.5 * off(1)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 21), (30, 13), (5, 40)])
