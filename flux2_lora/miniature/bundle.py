@@ -61,8 +61,7 @@ def write_demo(work: Path, icon_set: IconSet, destination: Path, *, trigger: str
         for name in names:
             picture = drawings.drawn(labels[name], 128)
             if picture is not None:
-                shown = picture.convert("L") if icon_set is INK else picture
-                shown.save(folder / f"{slug(name)}.png", optimize=True)
+                picture.save(folder / f"{slug(name)}.png", optimize=True)
                 (folder / f"{slug(name)}.txt").write_text(f"{name}, {trigger} style\n")
     prompts = "".join(f"{name}, {trigger} style\n" for name in PROMPTS)
     (destination / "prompts.txt").write_text(prompts)

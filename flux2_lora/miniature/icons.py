@@ -57,7 +57,12 @@ SETS = (
 # The styles that can be asked for in a prompt; the other sets serve the VAE and the judge.
 STYLES = ("noto", "fluent", "twemoji")
 INK = IconSet(
-    package="@iconify-json/fluent-emoji-high-contrast", version="1.2.6", style="ink", licence="MIT", author="Microsoft"
+    package="@iconify-json/fluent-emoji-high-contrast",
+    version="1.2.6",
+    style="ink",
+    licence="MIT",
+    author="Microsoft",
+    inks=((18, 16, 24), (136, 110, 47), (255, 205, 70)),
 )
 POSTER = IconSet(
     package="@lobehub/fluent-emoji-3d",
