@@ -19,6 +19,8 @@ from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.miniature.icons import slug
 
 RESAMPLE = 4  # as the previews of training do
+# What is kept counts more the more often a step is taken, and the less the prompt is pressed.
+FILLING: dict[str, Any] = {"resample": 10, "cfg_scale": 2.0}
 FILLED = ("grinning face", "cat face", "red heart", "angry face", "panda", "red apple", "star", "ghost")
 
 
@@ -59,9 +61,8 @@ def fills(pipeline: Pipeline, demo: Demo, seed: int) -> list[Section]:
     holes = [Image.composite(grey, picture, middle) for picture in pictures]
     halves = [picture.crop((0, 0, 64, 128)) for picture in pictures]
     pairs = list(zip(pictures, halves, prompts, strict=True))
-    often: dict[str, Any] = {"seed": seed, "resample": RESAMPLE}
-    inpainted = [pipeline.inpaint(picture, middle, prompt, **often) for picture, _, prompt in pairs]
-    outpainted = [pipeline.outpaint(half, prompt, right=64, **often) for _, half, prompt in pairs]
+    inpainted = [pipeline.inpaint(picture, middle, prompt, seed=seed, **FILLING) for picture, _, prompt in pairs]
+    outpainted = [pipeline.outpaint(half, prompt, right=64, seed=seed, **FILLING) for _, half, prompt in pairs]
     rows = {"picture": pictures, "hole": holes, "inpaint": inpainted, "half": halves, "outpaint": outpainted}
     return [Section(columns=prompts, rows=list(rows.items()))]
 
