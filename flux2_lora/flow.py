@@ -139,7 +139,7 @@ def mix(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
 def raise_noise(x: Tensor, sigma: float, to: float, noise: Tensor) -> Tensor:
     """x at noise level sigma < 1, taken to the higher level `to`. x and fresh standard normal noise: [b c h w]."""
     kept = (1 - to) / (1 - sigma)
-    return kept * x + math.sqrt(to**2 - (kept * sigma) ** 2) * noise
+    return kept * x + math.sqrt(max(to**2 - (kept * sigma) ** 2, 0.0)) * noise
 
 
 def velocity_error(
