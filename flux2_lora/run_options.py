@@ -89,7 +89,7 @@ class RunOptions:
             ),
             previews=Previews(
                 every=preview.every,
-                pictures=preview.count + EDITED * preview.edits * preview.resample,
+                pictures=preview.count + EDITED * preview.edits * preview.fill.passes,
                 steps=preview.steps,
                 passes=2 if preview.cfg_scale > 1 else 1,
             ),

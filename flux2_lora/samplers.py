@@ -1,23 +1,55 @@
 """Samplers as pure functions over a velocity: they know no model, no prompt and no file.
 
 A `Velocity` maps (x [b c h w], sigma in [0, 1]) to dx/dsigma. A step from sigma to a smaller sigma' is
-x + (sigma' - sigma) v. `on_step` may replace x after each step; inpainting is such a callback. `guided` makes one
-velocity of two, `resampled` a sampler that takes its steps again and again.
+x + (sigma' - sigma) v. `on_step` may replace x after each step; inpainting is such a callback, and a `Filling` says
+what else makes the rest heed what it puts back. `guided` makes one velocity of two.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flux2_lora.flow import raise_noise, shift_sigmas
+from flux2_lora.flow import generator, raise_noise, shift_sigmas
+from flux2_lora.options import option
 
 Velocity = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[Tensor, float], Tensor]
 Sampler = Callable[[Velocity, Tensor, Tensor, OnStep | None], Tensor]
+
+
+# How far a velocity is bent at most, as a multiple of sigma / (1 - sigma): near pure noise the gradient of a network is
+# mostly error, and the factor that theory gives knows no bound.
+_MOST_BENT = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filling:
+    """How what is painted under a mask is made to fit what is kept, beyond putting that back after each step.
+
+    resample: how often each step is taken, see `resampled`; reconstruction: whether velocities are bent, see
+    `reconstructing`. Programs that draw the same know neither.
+    """
+
+    resample: int = option(1, at_least=1)
+    reconstruction: bool = False
+
+    @property
+    def passes(self) -> int:
+        """Forward passes a step, a backward pass with what it computes again counted as two."""
+        return self.resample * (3 if self.reconstruction else 1)
+
+    def sampler(self, of: Sampler, mask: Tensor, latents: Tensor, seed: int) -> Sampler:
+        """`of`, which then fills the mask [1 1 h w], 1 = new, of latents [b or 1, c h w]. seed: of fresh noise."""
+        bent = reconstructing(of, mask, latents) if self.reconstruction else of
+        return resampled(bent, self.resample, seed)
+
+
+USUAL = Filling()
 
 
 def empirical_mu(tokens: int, steps: int) -> float:
@@ -99,7 +131,7 @@ def resampled(sampler: Sampler, times: int, seed: int) -> Sampler:
     """
 
     def sample(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
-        fresh = torch.Generator().manual_seed(seed)
+        fresh = generator(seed, "resample")
         for step in sigmas.unfold(0, 2, 1):
             now, after = step.tolist()
             x = sampler(velocity, x, step, on_step)
@@ -107,6 +139,32 @@ def resampled(sampler: Sampler, times: int, seed: int) -> Sampler:
                 noise = torch.randn(x.shape[1:], generator=fresh).to(x)
                 x = sampler(velocity, raise_noise(x, after, now, noise), step, on_step)
         return x
+
+    return sample
+
+
+def reconstructing(sampler: Sampler, mask: Tensor, latents: Tensor) -> Sampler:
+    """The sampler with each velocity bent, so that the picture it leads to agrees with `latents` where mask is 0.
+
+    That picture is x - sigma v(x); how far it is off where it should not be, taken back through the model by its
+    gradient, says how all of x should move. Pseudo-inverse guidance, Song et al. 2023 (ICLR, "Pseudoinverse-guided
+    diffusion models for inverse problems"), for flows as in Pokle et al. 2023 (arXiv:2310.04432), alg. 1. It takes a
+    backward pass through the model. mask: [1 1 h w], 1 = new; latents: [b or 1, c h w].
+    """
+
+    def sample(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+        def bent(x: Tensor, sigma: float) -> Tensor:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                straight = velocity(x, sigma)
+                picture = x - sigma * straight
+                off = ((1 - mask) * (latents - picture)).detach()
+                (pull,) = torch.autograd.grad((off * picture).sum(), x)
+            variance = sigma**2 / ((1 - sigma) ** 2 + sigma**2)
+            factor = min(sigma / max(1 - sigma, 1e-9), _MOST_BENT)
+            return straight.detach() - factor / variance * pull
+
+        return sampler(bent, x, sigmas, on_step)
 
     return sample
 

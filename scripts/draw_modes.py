@@ -13,14 +13,13 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from flux2_lora import Pipeline
+from flux2_lora import Filling, Pipeline
 from flux2_lora.bundled import share
 from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.miniature.icons import slug
 
-RESAMPLE = 4  # as the previews of training do
 # What is kept counts more the more often a step is taken, and the less the prompt is pressed.
-FILLING: dict[str, Any] = {"resample": 10, "cfg_scale": 2.0}
+FILLING: dict[str, Any] = {"fill": Filling(resample=10, reconstruction=True), "cfg_scale": 1.0}
 FILLED = ("grinning face", "cat face", "red heart", "angry face", "panda", "red apple", "star", "ghost")
 
 
@@ -80,8 +79,8 @@ def modes(pipeline: Pipeline, demo: Demo, seed: int) -> list[Section]:
     ImageDraw.Draw(eyes).rectangle((16, 32, 111, 69), fill=255)
     half = face.crop((0, 0, 64, 128))
     edits: dict[str, list[Image.Image | None]] = {
-        "inpaint": [face, eyes, pipeline.inpaint(face, eyes, prompts[0], seed=seed, resample=RESAMPLE)],
-        "outpaint": [half, None, pipeline.outpaint(half, prompts[0], right=64, seed=seed, resample=RESAMPLE)],
+        "inpaint": [face, eyes, pipeline.inpaint(face, eyes, prompts[0], seed=seed, **FILLING)],
+        "outpaint": [half, None, pipeline.outpaint(half, prompts[0], right=64, seed=seed, **FILLING)],
         "image to image": [base[1], None, pipeline.redraw(base[1], prompts[1], strength=0.4, seed=seed)],
         "upscale x 2": [drawn[0], None, pipeline.upscale(drawn[0], prompts[0], factor=2, strength=0.3, seed=seed)],
     }

@@ -41,6 +41,7 @@ from flux2_lora.inference.sampling import Recipe
 from flux2_lora.inference.starts import Start
 from flux2_lora.options import option
 from flux2_lora.quantize import PrecisionSpec
+from flux2_lora.samplers import USUAL, Filling
 from flux2_lora.training.memory import MemorySpec
 from flux2_lora.training.progress import console
 
@@ -49,14 +50,15 @@ from flux2_lora.training.progress import console
 class EditConfig(Recipe, AdapterChoice):
     """configs/edit.yaml. height and width: null keeps the picture's size. ratio: width:height to outpaint to.
 
-    strength: null for 1 under a mask, 0.35 for upscale and 0.6 without either. feather_px, crop, padding_px and
-    resample: see `Pipeline.inpaint`.
+    strength: null for 1 under a mask, 0.35 for upscale and 0.6 without either. feather_px, crop, padding_px and fill:
+    see `Pipeline.inpaint`.
     """
 
     model: ModelSpec
     precision: PrecisionSpec
     memory: MemorySpec
     outpaint: Border
+    fill: Filling
     image: str
     prompt: str = ""
     mask: str | None = None
@@ -64,7 +66,6 @@ class EditConfig(Recipe, AdapterChoice):
     feather_px: int = option(0, at_least=0)
     crop: str = option("auto", one_of=("auto", "always", "never"))
     padding_px: int = option(64, at_least=0)
-    resample: int = option(1, at_least=1)
     ratio: str | None = None
     upscale: float = option(1.0, at_least=1, at_most=8)
     height: int | None = option(None, at_least=16)
@@ -83,7 +84,7 @@ class EditConfig(Recipe, AdapterChoice):
 class Job:
     """What is to be done. mask: grey, of the canvas' size, 255 = new; None where all of it is drawn anew.
 
-    strength: how much is redrawn; padding_px: what the model sees around the mask; resample: how often a step is taken.
+    strength: how much is redrawn; padding_px: what the model sees around the mask; fill: of the mask.
     """
 
     mode: str
@@ -92,7 +93,7 @@ class Job:
     strength: float
     mask: Image.Image | None = None
     padding_px: int = 0
-    resample: int = 1
+    fill: Filling = USUAL
 
 
 @program("edit")
@@ -102,8 +103,10 @@ def main(config: EditConfig) -> None:
     model, device = open_model(config.model), pick_device(config.device)
     refuse_what_cannot_be(config, model, references=bool(shown))
     loras = read_chosen(config, model)
-    if job.resample > 1:
-        console.print(f"resample={job.resample} is of this program alone: no workflow and no script are written")
+    if job.fill != USUAL:
+        console.print("fill is of this program alone: no workflow and no script are written")
+    if config.fill != job.fill:
+        console.print("fill is of masks and borders: there is none here")
     if job.mask is not None and job.mask.getbbox() is None:
         console.print("the mask is empty: nothing is drawn anew, and the picture comes back as it is")
     prompts = [config.prompt, config.negative_prompt]
@@ -115,9 +118,7 @@ def main(config: EditConfig) -> None:
     results = [
         job.canvas
         if start is None
-        else pipeline.draw_from(
-            start, [config.prompt], strength=job.strength, resample=job.resample, references=references
-        )[0]
+        else pipeline.draw_from(start, [config.prompt], strength=job.strength, fill=job.fill, references=references)[0]
         for _ in in_turn(config, pipeline, columns)
     ]
 
@@ -131,7 +132,7 @@ def main(config: EditConfig) -> None:
         adapters=list(zip(files, columns[-1][1], strict=True)),
         mode=job.mode,
         strength=job.strength,
-        resample=job.resample,
+        fill=job.fill,
         references=len(references),
         blocks=config.blocks,
         inputs=None if start is None else save_inputs(folder, start, references),
@@ -170,7 +171,7 @@ def job_of(config: EditConfig) -> Job:
         mask=mask,
         strength=config.or_else(1.0),
         padding_px=widest,
-        resample=config.resample,
+        fill=config.fill,
     )
 
 

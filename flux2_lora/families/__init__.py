@@ -24,6 +24,7 @@ from flux2_lora.networks.prompts import LONGEST
 from flux2_lora.networks.text import PromptEncoder
 from flux2_lora.networks.transformers import blocks_of, empty_transformer, open_transformer
 from flux2_lora.options import option
+from flux2_lora.samplers import USUAL, Filling
 from flux2_lora.sources import ModelFiles, check_class, check_folders, check_parts, is_distilled, locate
 from flux2_lora.weights import Weights, open_file, read_json
 
@@ -64,10 +65,10 @@ class ModelSpec:
 
     path: a Diffusers folder, a hub id, or a file of the transformer; components: a folder or hub id with the rest, for
     a path that holds the transformer alone. title: as file managers show it; architecture_name: as ModelSpec headers
-    spell it. resample: how often each step is taken in previews that edit. max_sequence_length: tokens of a prompt,
-    null for the family's own. distilled: made for few steps, to be sampled and not trained; train_distilled trains it
-    all the same. base_prompts: what it draws in styles of its own. licence: as the hub spells it. geometry: of the
-    model under `path` while it is not on this machine, for plans.
+    spell it. fill: of masks in previews. max_sequence_length: tokens of a prompt, null for the family's own. distilled:
+    made for few steps, to be sampled and not trained; train_distilled trains it all the same. base_prompts: what it
+    draws in styles of its own. licence: as the hub spells it. geometry: of the model under `path` while it is not on
+    this machine, for plans.
     """
 
     family: str
@@ -78,7 +79,7 @@ class ModelSpec:
     resolution: int = 1024
     steps: int = 50
     cfg_scale: float = 1.0
-    resample: int = option(1, at_least=1)
+    fill: Filling = USUAL
     guidance: float | None = None
     max_sequence_length: int | None = option(None, at_least=1, at_most=512)
     licence: str | None = None

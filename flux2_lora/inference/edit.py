@@ -1,9 +1,9 @@
 """Masks and canvases of inpaint and outpaint: what is painted, and how the rest comes back as it was.
 
 At every step the kept region is put back at the current noise level (Lugmayr et al. 2022, arXiv:2201.09865, alg. 1), so
-what is painted meets what is kept, the better the more often a step is taken (`samplers.resampled`). In the end the
-decoded picture is laid over the original through the mask: where the mask is 0 the original's bytes come back
-untouched, and no seam shows (see `seams`).
+what is painted meets what is kept, the better the more a `Filling` asks for. In the end the decoded picture is laid
+over the original through the mask: where the mask is 0 the original's bytes come back untouched, and no seam shows (see
+`seams`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """How many pictures fit in memory, said before they are begun; and where not even one does, the size that fits.
 
 An estimate on the safe side: what a forward pass holds at most beside the weights, as measured on miniatures of both
-architectures at 768 and 1536 px (16 to 32 numbers a token and unit of width), or the autoencoder in small tiles. A test
-holds it against a measurement.
+architectures at 768 and 1536 px (16 to 32 numbers a token and unit of width), or the autoencoder in small tiles. A step
+that goes back through the model holds the inputs of all blocks, and one block's activations. Tests hold both against
+measurements.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from flux2_lora.devices import compute_dtype, free_bytes
 from flux2_lora.errors import UserError
 from flux2_lora.families import Model, outline
 from flux2_lora.inference.pictures import SMALL_TILE_PX, coding_bytes
+from flux2_lora.networks.transformers import blocks_in
 from flux2_lora.planning.choose import drawing_plan
 from flux2_lora.planning.hardware import Card
 from flux2_lora.planning.memory import Layout
 from flux2_lora.planning.work import Work
 from flux2_lora.quantize import PrecisionSpec
 
-_NUMBERS_A_TOKEN = 32
+_NUMBERS_A_TOKEN, _NUMBERS_BACK = 32, 96
 
 
 def drawing_layout(model: Model, precision: PrecisionSpec, vae: nn.Module, card: Card) -> Layout:
@@ -61,14 +63,17 @@ def needed_bytes(
     *,
     other_tokens: int,
     tile_px: int | None = None,
+    backward: bool = False,
 ) -> int:
     """The larger of what a step and what the autoencoder holds; they do not run together.
 
     other_tokens: of text and references. tile_px: what the transformer sees at once, where that is not all of it.
+    backward: whether a step goes back through the model, with and without the prompt.
     """
     config: Any = transformer.config
     hidden = config.num_attention_heads * config.attention_head_dim
     seen = min(height_px, tile_px or height_px) * min(width_px, tile_px or width_px)
-    step = _NUMBERS_A_TOKEN * hidden * (seen // 256 + other_tokens) * compute_dtype(device).itemsize
+    numbers = _NUMBERS_BACK + 2 * len(blocks_in(transformer)) if backward else _NUMBERS_A_TOKEN
+    step = numbers * hidden * (seen // 256 + other_tokens) * compute_dtype(device).itemsize
     coding = coding_bytes(vae, min(height_px, SMALL_TILE_PX) * min(width_px, SMALL_TILE_PX))
     return int(max(step, coding + 12 * height_px * width_px))

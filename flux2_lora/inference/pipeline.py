@@ -37,8 +37,8 @@ from flux2_lora.lora_files import read_loras
 from flux2_lora.options import from_mapping
 from flux2_lora.planning.hardware import HardwareSpec, card_of
 from flux2_lora.quantize import PrecisionSpec, load_frozen, trial_of
-from flux2_lora.samplers import SAMPLERS
-from flux2_lora.training.memory import MemorySpec, compile_blocks
+from flux2_lora.samplers import SAMPLERS, USUAL, Filling
+from flux2_lora.training.memory import MemorySpec, compile_blocks, recompute_blocks
 from flux2_lora.training.progress import console
 
 _LARGEST_REFERENCE = 1024 * 1024  # px
@@ -99,6 +99,7 @@ class Pipeline:
         if (trial := trial_of(transformer)) is not None:
             console.print(trial.words)
         names = attach_loras(transformer, loras)
+        recompute_blocks(transformer, memory.plain(model.blocks(), device), memory.offload(device))
         if memory.compile:
             compile_blocks(transformer)
         spec = model.spec
@@ -176,20 +177,20 @@ class Pipeline:
         feather_px: int = 0,
         crop: str = "auto",
         padding_px: int = 64,
-        resample: int = 1,
+        fill: Filling = USUAL,
         **options: Any,
     ) -> Image.Image:
         """Repaint where `mask` is bright or transparent; every other pixel of `image` comes back as it was.
 
         A mask of another size is resized. feather_px: fade inwards over so many pixels. crop: always, never, or auto:
         work only on what lies within `padding_px` of the mask, enlarged to the area that the model draws, where the
-        picture is larger than that. resample: how often each step is taken: what is painted fits better what is kept,
-        and takes so many times as long. options: references and those of a recipe.
+        picture is larger than that. fill: what makes it fit better what is kept, and takes longer. options: references
+        and those of a recipe.
         """
         start = self.to_inpaint(image, mask, feather_px=feather_px, crop=crop, padding_px=padding_px)
         if start is None:
             return image.convert("RGB")
-        return self.draw_from(start, [prompt], strength=strength, resample=resample, **options)[0]
+        return self.draw_from(start, [prompt], strength=strength, fill=fill, **options)[0]
 
     def outpaint(
         self,
@@ -252,11 +253,11 @@ class Pipeline:
         prompts: Sequence[str],
         *,
         strength: float,
-        resample: int = 1,
+        fill: Filling = USUAL,
         references: Sequence[Image.Image] = (),
         **recipe: Any,
     ) -> list[Image.Image]:
-        """A picture for each prompt. strength: how much of the start is redrawn, in [0, 1]; resample: see `inpaint`."""
+        """A picture for each prompt. strength: how much of the start is redrawn, in [0, 1]."""
         if not 0 <= strength <= 1:
             raise UserError(f"strength={strength:g} is out of range", "give a number from 0 to 1")
         how, step = replace(self.recipe, **recipe), self.family.pixels_per_token
@@ -274,11 +275,12 @@ class Pipeline:
                 seed=how.seed,
                 strength=strength,
                 sampler=how.sampler,
-                resample=resample,
+                fill=fill,
             )
 
         self._encode(prompts, how)
-        most = self._most_at_once(start.height, start.width, tile_px=tile_px, references=looked_at)
+        size, back = (start.height, start.width), start.region is not None and fill.reconstruction
+        most = self._most_at_once(*size, tile_px=tile_px, references=looked_at, backward=back)
         return _in_parts(draw, prompts, most)
 
     def _from_prompts(
@@ -297,12 +299,18 @@ class Pipeline:
         return _in_parts(draw, prompts, self._most_at_once(*size, references=looked_at))
 
     def _most_at_once(
-        self, height_px: int, width_px: int, *, tile_px: int | None = None, references: Sequence[Tensor] = ()
+        self,
+        height_px: int,
+        width_px: int,
+        *,
+        tile_px: int | None = None,
+        references: Sequence[Tensor] = (),
+        backward: bool = False,
     ) -> int:
         text = max((text.embeds.shape[1] for text in self._texts.values()), default=0)
         others = text + sum(reference[0, 0].numel() for reference in references)
         parts = self.transformer, self.vae, self.device
-        needed = partial(needed_bytes, *parts, other_tokens=others, tile_px=tile_px)
+        needed = partial(needed_bytes, *parts, other_tokens=others, tile_px=tile_px, backward=backward)
         return most_at_once(needed, self.device, height_px, width_px)
 
     def _prompted(self, prompts: Sequence[str], how: Recipe, references: Sequence[Tensor] = ()) -> Prompted:

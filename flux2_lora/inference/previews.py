@@ -41,6 +41,7 @@ from flux2_lora.inference.sampling import Prompted, Recipe, generate, initial_no
 from flux2_lora.inference.settings import Settings
 from flux2_lora.inference.starts import draw_from, under_mask
 from flux2_lora.options import option
+from flux2_lora.samplers import USUAL, Filling
 from flux2_lora.training.encoding import Encoder
 
 _MOST_COLUMNS, _LEAST_STRIP, _MOST_STRIP = 5, 4, 6
@@ -52,7 +53,7 @@ EDITED = len(EDITS)  # rows that edit a picture
 class PreviewSpec:
     """every: steps between previews (0: none); prompts: rows, empty for captions of the pictures; edits: edit rows.
 
-    resample: how often each step of an edit row is taken.
+    fill: of the masks of edit rows.
     """
 
     every: int = option(100, at_least=0)
@@ -63,7 +64,7 @@ class PreviewSpec:
     cfg_scale: float = option(1.0, at_least=0)
     guidance: float | None = option(None, at_least=0)
     edits: bool = True
-    resample: int = option(1, at_least=1)
+    fill: Filling = USUAL
 
     @property
     def recipe(self) -> Recipe:
@@ -252,7 +253,7 @@ class Previewer:
                 width=mask.width,
                 mode=name,
                 strength=1.0,
-                resample=self.spec.resample,
+                fill=self.spec.fill,
             )
             save_picture(result, here / f"{name}.png", settings)
             rows.append((f"{name}: {self.scene.edited_text}", [edit.picture, edit.mask, result]))
@@ -262,7 +263,7 @@ class Previewer:
         prompted = self._prompted(self.scene.edited_conditioning)
         start = under_mask(picture, mask, self.family.pixels_per_token, box=(0, 0, *picture.size))
         parts = self.family, transformer, self.vae, prompted
-        return draw_from(start, *parts, self.spec.steps, resample=self.spec.resample)[0]
+        return draw_from(start, *parts, self.spec.steps, fill=self.spec.fill)[0]
 
     def _prompted(self, positive: Conditioning) -> Prompted:
         return Prompted(

@@ -18,6 +18,7 @@ from flux2_lora.inference.pipeline import Pipeline
 from flux2_lora.inference.sampling import Recipe
 from flux2_lora.inference.settings import TEXT_TO_IMAGE, Inputs, Settings
 from flux2_lora.lora_files import OUR_NAMES, read_loras
+from flux2_lora.samplers import USUAL, Filling
 from flux2_lora.training.progress import console
 
 
@@ -117,7 +118,7 @@ def settings_of(
     adapters: Sequence[tuple[str, float]] = (),
     mode: str = TEXT_TO_IMAGE,
     strength: float | None = None,
-    resample: int = 1,
+    fill: Filling = USUAL,
     references: int = 0,
     blocks: Sequence[str] = (),
     inputs: Inputs | None = None,
@@ -146,7 +147,7 @@ def settings_of(
         adapters=tuple(adapters),
         mode=mode,
         strength=strength,
-        resample=resample,
+        fill=fill,
         references=references,
         blocks=tuple(blocks),
         inputs=inputs,

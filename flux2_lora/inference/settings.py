@@ -14,6 +14,7 @@ from typing import Any
 
 from flux2_lora import __version__
 from flux2_lora.files import tensors_hash, without_folders
+from flux2_lora.samplers import USUAL, Filling
 
 TEXT_TO_IMAGE = "text to image"
 PICTURE, ORIGINAL, MASK, LATENT_MASK, SHOWN_MASK = "picture", "original", "mask", "latent-mask", "original-mask"
@@ -47,8 +48,8 @@ class Settings:
     guidance: the embedded scale, None exactly where the model has no guidance embedding; cfg_scale: true CFG above 1.
     adapters: (file, strength); strength: how much of a picture was redrawn, None for text to image. height, width: px,
     as asked for. max_sequence_length: tokens of a prompt, None for the family's own. references: how many pictures the
-    model looked at; blocks: where alone the adapters acted; resample: how often a step was taken under a mask. inputs:
-    the pictures it was drawn from, None where they were not kept.
+    model looked at; blocks: where alone the adapters acted; fill: of the mask. inputs: the pictures it was drawn from,
+    None where they were not kept.
     """
 
     family: str
@@ -67,7 +68,7 @@ class Settings:
     adapters: tuple[tuple[str, float], ...] = ()
     mode: str = TEXT_TO_IMAGE
     strength: float | None = None
-    resample: int = 1
+    fill: Filling = USUAL
     max_sequence_length: int | None = None
     references: int = 0
     blocks: tuple[str, ...] = ()
@@ -76,8 +77,8 @@ class Settings:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether a workflow and a script can draw the same: all is there, and no step was taken twice."""
-        if self.resample > 1:
+        """Whether a workflow and a script can draw the same: all is there, and a mask was filled as they do."""
+        if self.fill != USUAL:
             return False
         return self.inputs is not None or (self.mode == TEXT_TO_IMAGE and not self.references)
 
@@ -143,7 +144,8 @@ def from_mapping(values: Mapping[str, Any]) -> Settings:
     known = {field.name: values[field.name] for field in fields(Settings) if field.name in values}
     given = values.get("inputs")
     inputs = Inputs(**{**given, "box": given["box"] and tuple(given["box"])}) if given else None
-    return Settings(**{**known, "adapters": adapters, "blocks": tuple(values.get("blocks", ())), "inputs": inputs})
+    parts = {"fill": Filling(**values.get("fill", {})), "blocks": tuple(values.get("blocks", ())), "inputs": inputs}
+    return Settings(**{**known, **parts, "adapters": adapters})
 
 
 def a1111_text(settings: Settings) -> str:

@@ -17,7 +17,7 @@ from flux2_lora.families import ModelFamily
 from flux2_lora.inference.edit import Box, keep_outside, lay_over, padded
 from flux2_lora.inference.pictures import decoded, encoded, fit
 from flux2_lora.inference.sampling import Prompted, generate, start_and_noise
-from flux2_lora.samplers import SAMPLERS, from_level, resampled
+from flux2_lora.samplers import SAMPLERS, USUAL, Filling, from_level
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,19 +107,19 @@ def draw_from(
     seed: int = 0,
     strength: float = 1.0,
     sampler: str = "euler",
-    resample: int = 1,
+    fill: Filling = USUAL,
 ) -> list[Image.Image]:
     """One picture for each prompt of `prompted`, all of the same noise. strength: how much is redrawn, in [0, 1].
 
-    resample: how often each step is taken where a region is painted, see `resampled`.
+    fill: of the region, where there is one.
     """
     device = prompted.positive.embeds.device
     latents, noise = start_and_noise(family, encoded(family, vae, start.picture, device), seed)
     kept, taken = None, SAMPLERS[sampler]
     if start.region is not None:
-        taken = resampled(taken, resample, seed)
         grey = torch.from_numpy(np.array(start.region.tokens))[None, None].float().to(device) / 255
         kept = keep_outside(grey, latents, noise)
+        taken = fill.sampler(taken, grey, latents, seed)
     result = generate(
         family,
         transformer,

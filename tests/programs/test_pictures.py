@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from flux2_lora.bundled import share
 from flux2_lora.inference.pack import read_settings
+from flux2_lora.samplers import Filling
 from tests.conftest import Command
 
 QUICK = ("steps=2", "device=cpu")
@@ -100,21 +101,31 @@ def test_a_ratio_is_reached_and_the_picture_kept(command: Command) -> None:
     assert np.array_equal(after[:, 32:160], pixels(FACE))
 
 
-def test_what_is_resampled_is_drawn_anew_and_has_no_workflow(command: Command) -> None:
+@pytest.mark.parametrize("fill", ["fill.resample=3", "fill.reconstruction=true"])
+def test_what_is_filled_our_way_is_drawn_anew_and_has_no_workflow(command: Command, fill: str) -> None:
     ImageDraw.Draw(mask := Image.new("L", (128, 128), 0)).rectangle((40, 40, 90, 90), fill=255)
     mask.save("mask.png")
     drawn = []
-    for options in ([], ["resample=3"]):
+    for options in ([], [fill]):
         outcome = command("edit", "steps=3", "device=cpu", f"image={FACE}", "mask=mask.png", *options)
         assert outcome.code == 0
         drawn.append(np.asarray(Image.open("outputs/edit/0000.png")))
-    assert "resample=3 is of this program alone" in outcome.out
-    assert read_settings(Path("outputs/edit/0000.png")).resample == 3
+    assert "fill is of this program alone" in outcome.out
+    settings = read_settings(Path("outputs/edit/0000.png"))
+    assert settings is not None
+    assert settings.fill in (Filling(resample=3), Filling(reconstruction=True))
     assert not [*Path("outputs/edit").glob("*.json"), *Path("outputs/edit").glob("*.py")]
     assert "workflow" not in Image.open("outputs/edit/0000.png").info
     kept = np.asarray(mask) == 0
     assert np.array_equal(drawn[0][kept], drawn[1][kept])
     assert not np.array_equal(drawn[0][~kept], drawn[1][~kept])
+
+
+def test_a_fill_without_a_mask_is_said(command: Command) -> None:
+    outcome = command("edit", *QUICK, f"image={FACE}", "fill.resample=3")
+    assert outcome.code == 0
+    assert "fill is of masks and borders: there is none here" in outcome.out
+    assert Path("outputs/edit/workflow.json").is_file()
 
 
 def test_a_mask_of_another_size_is_resized_and_that_is_said_once(command: Command) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from flux2_lora.errors import UserError
 from flux2_lora.inference import starts
 from flux2_lora.inference.memory import needed_bytes
 from flux2_lora.inference.pictures import coding_bytes, decoded, encoded
+from flux2_lora.lora_files import read_loras
+from flux2_lora.quantize import PrecisionSpec
+from flux2_lora.samplers import Filling
+from flux2_lora.training.memory import MemorySpec, recompute_blocks
 from tests.conftest import Command
 
 QUICK: dict[str, Any] = {"steps": 3, "seed": 1}
@@ -141,6 +146,49 @@ def test_more_memory_is_estimated_than_a_step_takes_and_not_ten_times_more(pipel
     pipeline.generate("red apple", height=1024, width=1024, steps=1, cfg_scale=1.0)
     taken = largest_resident() - before
     assert whole / 10 < taken < 1.5 * whole
+
+
+def test_more_memory_is_estimated_than_a_step_back_takes_and_not_ten_times_more(pipeline: Pipeline) -> None:
+    """What autograd keeps beside weights: the inputs of all blocks that are computed again, and the insides of one."""
+
+    def kept_bytes(plain: Collection[int]) -> int:
+        recompute_blocks(pipeline.transformer, plain)
+        weights = {part.data_ptr() for part in pipeline.transformer.state_dict().values()}
+        kept: dict[int, int] = {}
+
+        def pack(part: torch.Tensor) -> torch.Tensor:
+            kept[part.data_ptr()] = part.untyped_storage().nbytes()
+            return part
+
+        x, level = torch.randn(1, 128, 32, 32, requires_grad=True), torch.ones(1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda part: part):
+            pipeline.family.velocity(pipeline.transformer, x, level, pipeline.encoded("red apple"))
+        return sum(size for place, size in kept.items() if place not in weights)
+
+    blocks, tokens = pipeline.model.blocks(), 16
+    needed = needed_bytes(
+        pipeline.transformer, pipeline.vae, pipeline.device, 512, 512, other_tokens=tokens, backward=True
+    )
+    inputs = kept_bytes(())
+    inside = max(kept_bytes([block]) for block in range(blocks)) - inputs
+    pipeline.transformer.disable_gradient_checkpointing()  # type: ignore[operator]
+    assert needed / 10 < 2 * (inputs + inside) < needed
+
+
+def test_a_streamed_model_is_bent_as_one_that_stays(pipeline: Pipeline, trained: Path) -> None:
+    streamed = Pipeline.open(
+        pipeline.model,
+        PrecisionSpec(),
+        read_loras([str(trained)], pipeline.model),
+        pipeline.device,
+        memory=MemorySpec(resident_blocks=1, slots=2),
+    )
+    pipeline.use([1.0])
+    picture, fill = photo(64, 64), Filling(resample=2, reconstruction=True)
+    mask = hole(picture.size, (20, 20, 50, 50))
+    one, other = (which.inpaint(picture, mask, "red apple", fill=fill, **QUICK) for which in (pipeline, streamed))
+    assert np.array_equal(values(one), values(other))
+    assert not np.array_equal(values(one), values(pipeline.inpaint(picture, mask, "red apple", **QUICK)))
 
 
 def test_a_folder_that_is_no_run_and_a_misspelt_option_are_said(pipeline: Pipeline, tmp_path: Path) -> None:

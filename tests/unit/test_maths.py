@@ -21,7 +21,8 @@ from flux2_lora.flow import (
     shift_sigmas,
     velocity_error,
 )
-from flux2_lora.samplers import SAMPLERS, empirical_mu, euler, from_level, from_strength, guided, resampled, schedule
+from flux2_lora.inference.edit import keep_outside
+from flux2_lora.samplers import SAMPLERS, Filling, empirical_mu, euler, from_level, from_strength, guided, schedule
 from flux2_lora.tiles import tiled
 
 
@@ -123,7 +124,7 @@ def test_noise_is_raised_to_what_a_picture_has_at_the_higher_level(sigma: float,
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
-def test_a_step_that_is_taken_again_heeds_what_is_put_back(sampler: str) -> None:
+def test_what_is_put_back_is_heeded_by_steps_taken_again_and_by_bent_ones(sampler: str) -> None:
     """Two values that are nearly the same, one of them known: the other one is drawn near to it, from any noise."""
     precision, known, steps = 0.999, 2.0, schedule(20, 1.0)
     covariance = torch.tensor([[1, precision], [precision, 1]])
@@ -131,19 +132,29 @@ def test_a_step_that_is_taken_again_heeds_what_is_put_back(sampler: str) -> None
     def velocity(x: Tensor, sigma: float) -> Tensor:
         """Of the mean of all pictures that x may be: noise - picture."""
         of_x = (1 - sigma) ** 2 * covariance + sigma**2 * torch.eye(2)
-        return x @ torch.linalg.solve(of_x, sigma * torch.eye(2) - (1 - sigma) * covariance)
+        return (x.flatten(1) @ torch.linalg.solve(of_x, sigma * torch.eye(2) - (1 - sigma) * covariance)).view_as(x)
 
-    noise = torch.randn(500, 2, generator=generator("two values"))
+    noise, mask = torch.randn(500, 1, 1, 2, generator=generator("two values")), torch.tensor([[[[0.0, 1.0]]]])
+    pictures = torch.tensor([[[[known, 0.0]]]])  # what is hidden must not count
 
-    def put_back(x: Tensor, sigma: float) -> Tensor:
-        return torch.stack([(1 - sigma) * known + sigma * noise[:, 0], x[:, 1]], dim=1)
+    def off(fill: Filling) -> float:
+        taken = fill.sampler(SAMPLERS[sampler], mask, pictures, 0)
+        drawn = taken(velocity, noise, steps, keep_outside(mask, pictures, noise))
+        return float((drawn[..., 1] - known).abs().mean())
 
-    def off(times: int) -> float:
-        drawn = resampled(SAMPLERS[sampler], times, 0)(velocity, noise, steps, put_back)
-        return float((drawn[:, 1] - known).abs().mean())
+    usual = SAMPLERS[sampler](velocity, noise, steps, keep_outside(mask, pictures, noise))
+    assert off(Filling()) == float((usual[..., 1] - known).abs().mean())
+    assert off(Filling(resample=8)) < 0.5 * off(Filling())
+    assert off(Filling(reconstruction=True)) < 0.25 * off(Filling())
+    assert off(Filling(resample=4, reconstruction=True)) < 0.4 * off(Filling())
 
-    assert off(1) == float((SAMPLERS[sampler](velocity, noise, steps, put_back)[:, 1] - known).abs().mean())
-    assert off(8) < 0.5 * off(1)
+
+def test_nothing_is_bent_where_nothing_is_kept() -> None:
+    noise, steps, pictures = torch.randn(2, 3, 4, 4), schedule(5, 1.0), torch.randn(1, 3, 4, 4)
+    new = Filling(reconstruction=True).sampler(euler, torch.ones(1, 1, 4, 4), pictures, 0)
+    drawn = new(lambda x, sigma: sigma * x.sin(), noise, steps, None)
+    assert torch.equal(drawn, euler(lambda x, sigma: sigma * x.sin(), noise, steps, None))
+    assert not drawn.requires_grad
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 21), (30, 13), (5, 40)])
