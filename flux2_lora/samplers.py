@@ -21,9 +21,8 @@ Velocity = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[Tensor, float], Tensor]
 Sampler = Callable[[Velocity, Tensor, Tensor, OnStep | None], Tensor]
 
-
-# How far a velocity is bent at most, as a multiple of sigma / (1 - sigma): near pure noise the gradient of a network is
-# mostly error, and the factor that theory gives knows no bound.
+# sigma / (1 - sigma), by which theory bends a velocity, is cut to this: it knows no bound, and near pure noise the
+# gradient of a network is mostly error.
 _MOST_BENT = 4.0
 
 
@@ -32,7 +31,7 @@ class Filling:
     """How what is painted under a mask is made to fit what is kept, beyond putting that back after each step.
 
     resample: how often each step is taken, see `resampled`; reconstruction: whether velocities are bent, see
-    `reconstructing`. Programs that draw the same know neither.
+    `reconstructing`. Other programs know neither.
     """
 
     resample: int = option(1, at_least=1)
@@ -148,8 +147,8 @@ def reconstructing(sampler: Sampler, mask: Tensor, latents: Tensor) -> Sampler:
 
     That picture is x - sigma v(x); how far it is off where it should not be, taken back through the model by its
     gradient, says how all of x should move. Pseudo-inverse guidance, Song et al. 2023 (ICLR, "Pseudoinverse-guided
-    diffusion models for inverse problems"), for flows as in Pokle et al. 2023 (arXiv:2310.04432), alg. 1. It takes a
-    backward pass through the model. mask: [1 1 h w], 1 = new; latents: [b or 1, c h w].
+    diffusion models for inverse problems"), for flows as in Pokle et al. 2023 (arXiv:2310.04432), alg. 1. Each velocity
+    takes a backward pass through the model. mask: [1 1 h w], 1 = new; latents: [b or 1, c h w].
     """
 
     def sample(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
