@@ -18,8 +18,8 @@ from flux2_lora.bundled import share
 from flux2_lora.inference.grid import Section, draw_grid
 from flux2_lora.miniature.icons import slug
 
-# What is kept counts more the more often a step is taken, and the less the prompt is pressed.
-FILLING: dict[str, Any] = {"fill": Filling(resample=10, reconstruction=True), "cfg_scale": 1.0}
+FILLING = Filling(resample=10, reconstruction=True)
+MODES = ("grinning face", "cat face", "red heart", "crescent moon")
 FILLED = ("grinning face", "cat face", "red heart", "angry face", "panda", "red apple", "star", "ghost")
 
 
@@ -30,10 +30,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dataset", type=Path, default=share() / "data/demo", help="what the run was trained on")
     parser.add_argument("--fills", action="store_true", help="only inpainting and outpainting")
+    parser.add_argument(
+        "--cfg-scale", type=float, default=1.0, help="of what is filled: how hard the prompt is pressed"
+    )
     wanted = parser.parse_args()
     pipeline, demo = Pipeline.load(wanted.run, device="cpu"), Demo(wanted.dataset)
     drawn = fills if wanted.fills else modes
-    draw_grid("flux2-lora tiny, the demo's adapter", drawn(pipeline, demo, wanted.seed)).save(wanted.output)
+    filling = {"fill": FILLING, "cfg_scale": wanted.cfg_scale, "seed": wanted.seed}
+    draw_grid("flux2-lora tiny, the demo's adapter", drawn(pipeline, demo, filling)).save(wanted.output)
 
 
 class Demo:
@@ -50,7 +54,7 @@ class Demo:
         return (self.folder / f"{slug(subject)}.txt").read_text().strip()
 
 
-def fills(pipeline: Pipeline, demo: Demo, seed: int) -> list[Section]:
+def fills(pipeline: Pipeline, demo: Demo, filling: dict[str, Any]) -> list[Section]:
     """The middle of each picture painted anew, and its right half."""
     pictures = [demo.picture(subject) for subject in FILLED]
     prompts = [demo.prompt(subject) for subject in FILLED]
@@ -60,15 +64,15 @@ def fills(pipeline: Pipeline, demo: Demo, seed: int) -> list[Section]:
     holes = [Image.composite(grey, picture, middle) for picture in pictures]
     halves = [picture.crop((0, 0, 64, 128)) for picture in pictures]
     pairs = list(zip(pictures, halves, prompts, strict=True))
-    inpainted = [pipeline.inpaint(picture, middle, prompt, seed=seed, **FILLING) for picture, _, prompt in pairs]
-    outpainted = [pipeline.outpaint(half, prompt, right=64, seed=seed, **FILLING) for _, half, prompt in pairs]
+    inpainted = [pipeline.inpaint(picture, middle, prompt, **filling) for picture, _, prompt in pairs]
+    outpainted = [pipeline.outpaint(half, prompt, right=64, **filling) for _, half, prompt in pairs]
     rows = {"picture": pictures, "hole": holes, "inpaint": inpainted, "half": halves, "outpaint": outpainted}
     return [Section(columns=prompts, rows=list(rows.items()))]
 
 
-def modes(pipeline: Pipeline, demo: Demo, seed: int) -> list[Section]:
+def modes(pipeline: Pipeline, demo: Demo, filling: dict[str, Any]) -> list[Section]:
     """Text to image beside the base; then every way to change a picture that the adapter has not learned from."""
-    prompts = [demo.prompt(subject) for subject in ("grinning face", "cat face", "red heart", "crescent moon")]
+    prompts, seed = [demo.prompt(subject) for subject in MODES], filling["seed"]
     pipeline.use([0.0])
     base = pipeline.generate(prompts, seed=seed)
     pipeline.use([1.0])
@@ -79,8 +83,8 @@ def modes(pipeline: Pipeline, demo: Demo, seed: int) -> list[Section]:
     ImageDraw.Draw(eyes).rectangle((16, 32, 111, 69), fill=255)
     half = face.crop((0, 0, 64, 128))
     edits: dict[str, list[Image.Image | None]] = {
-        "inpaint": [face, eyes, pipeline.inpaint(face, eyes, prompts[0], seed=seed, **FILLING)],
-        "outpaint": [half, None, pipeline.outpaint(half, prompts[0], right=64, seed=seed, **FILLING)],
+        "inpaint": [face, eyes, pipeline.inpaint(face, eyes, prompts[0], **filling)],
+        "outpaint": [half, None, pipeline.outpaint(half, prompts[0], right=64, **filling)],
         "image to image": [base[1], None, pipeline.redraw(base[1], prompts[1], strength=0.4, seed=seed)],
         "upscale x 2": [drawn[0], None, pipeline.upscale(drawn[0], prompts[0], factor=2, strength=0.3, seed=seed)],
     }
